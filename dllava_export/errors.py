@@ -1,0 +1,51 @@
+"""Errors that a caller may want to catch apart. Every message says: found, expected, what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CapacityError",
+    "CheckpointError",
+    "DllavaExportError",
+    "InvalidInputError",
+    "PostconditionError",
+    "PreconditionError",
+    "UnsupportedModelError",
+]
+
+
+class DllavaExportError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class CheckpointError(DllavaExportError):
+    """A checkpoint cannot be read: missing or truncated files, missing or unknown keys."""
+
+
+class UnsupportedModelError(DllavaExportError):
+    """The checkpoint or graph is readable, but of a kind this toolkit does not handle."""
+
+
+class PreconditionError(DllavaExportError):
+    """A graph pass met a graph that lacks what the pass requires."""
+
+
+class PostconditionError(DllavaExportError):
+    """A graph pass did not produce what it promises: a defect of the pass."""
+
+
+class BundleError(DllavaExportError):
+    """A bundle is missing, incomplete, changed, or of another schema version."""
+
+
+class InvalidInputError(DllavaExportError):
+    """A request does not fit the model: prompt, image or token ids."""
+
+
+class CapacityError(DllavaExportError):
+    """A request needs more KV cache rows than were planned."""
+
+
+class BackendError(DllavaExportError):
+    """A backend is unknown, not installed, or cannot run this bundle."""

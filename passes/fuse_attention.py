@@ -1,0 +1,275 @@
+"""Recognise causal attention and bring it into one form.
+
+Before:  q, k, v ► Reshape ► Transpose ► (rotary) ► (repeat heads) ► attention with a mask that
+         some sub-graph computes ► Transpose ► Reshape      [batch, num_heads, rows, head_dim]
+After:   q, k, v ► (rotary) ► Attention(is_causal=1)        [batch, rows, num_heads * head_dim]
+
+Attention may stand as the ONNX op or as MatMul, scale, Add mask, Softmax, MatMul. The mask's
+sub-graph is run on a small example and must come out causal: it is then dropped, together
+with graph inputs that nothing else reads (`attention_mask`).
+
+Requires  at least one attention, all of them causal.
+Ensures   every Attention is causal and three-dimensional; no Softmax attention is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from dllava_export import names
+from dllava_export.errors import PostconditionError, PreconditionError
+from dllava_export.passes.base import Pass
+from dllava_export.passes.graph_builder import GraphBuilder, replace_uses
+from dllava_export.passes.mask_evaluation import evaluate_mask
+from dllava_export.passes.patterns import (
+    constant_values,
+    is_transpose,
+    producer,
+    producer_of,
+    scalar_value,
+    unordered_inputs,
+)
+
+__all__ = ["FuseAttentionPass"]
+
+_TO_HEADS = [0, 2, 1, 3]
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseAttentionPass(Pass):
+    """Rewrite every attention as a causal, three-dimensional ONNX Attention without a mask."""
+
+    def requires(self, graph: gs.Graph) -> None:
+        """Some attention must be there, in a form this pass knows."""
+        if not any(_is_done(node) or _match(node) for node in graph.nodes):
+            ops = sorted({node.op for node in graph.nodes})
+            raise PreconditionError(
+                "No attention was recognised. Expected Attention nodes, or MatMul, Softmax, "
+                f"MatMul over [batch, heads, rows, head_dim]; found the ops {', '.join(ops)}. "
+                "Export the decoder without a KV cache, in inference mode, at opset 18 or newer."
+            )
+
+    def apply(self, graph: gs.Graph) -> bool:
+        """Rewrite every match; return True where there was one."""
+        matches = [m for node in graph.nodes if (m := _match(node)) is not None]
+        inputs_before = [tensor for tensor in graph.inputs if tensor.outputs]
+        checked: set[int] = set()
+        for number, match in enumerate(matches):
+            if match.mask is not None and id(match.mask) not in checked:
+                _check_causal(graph, match)
+                checked.add(id(match.mask))
+            elif match.mask is None and not match.is_causal:
+                raise PreconditionError(
+                    f"Attention {number} ({match.where}) has no mask and is not causal; "
+                    "a decoder's attention must be causal. Is this an encoder?"
+                )
+            _rewrite(graph, match, number)
+        if matches:
+            graph.cleanup(remove_unused_graph_inputs=False)
+            for tensor in inputs_before:
+                if not tensor.outputs:
+                    graph.inputs.remove(tensor)
+        return bool(matches)
+
+    def ensures(self, graph: gs.Graph) -> None:
+        """Nothing but the one form may be left."""
+        for node in graph.nodes:
+            if node.op == "Attention" and not _is_done(node):
+                raise PostconditionError(
+                    f"Attention node {node.name!r} was not brought into the causal, "
+                    "three-dimensional form."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Match:
+    where: str
+    query: gs.Tensor  # [batch, num_heads, rows, head_dim], as are the next two
+    key: gs.Tensor
+    value: gs.Tensor
+    mask: gs.Tensor | None
+    scale: float
+    is_causal: bool
+    output: gs.Variable  # [batch, rows, num_heads * head_dim]
+
+
+def _is_done(node: gs.Node) -> bool:
+    if node.domain == names.DOMAIN:
+        return node.op == "KVCacheAttention"
+    return node.op == "Attention" and "q_num_heads" in node.attrs
+
+
+def _match(node: gs.Node) -> _Match | None:
+    if node.domain or _is_done(node):
+        return None
+    if node.op == "Attention":
+        found = _match_op(node)
+    elif node.op == "MatMul":
+        found = _match_softmax(node)
+    else:
+        return None
+    if found is None:
+        return None
+    output = _merged_heads(node.outputs[0])
+    if output is None:
+        raise PreconditionError(
+            f"The output of attention {node.name!r} is not merged back to [batch, rows, "
+            "hidden] by Transpose and Reshape, so the layer cannot be rewritten."
+        )
+    query, key, value, mask, scale, is_causal = found
+    return _Match(node.name, query, key, value, mask, scale, is_causal, output)
+
+
+_Found = tuple[gs.Tensor, gs.Tensor, gs.Tensor, gs.Tensor | None, float, bool]
+
+
+def _match_op(node: gs.Node) -> _Found:
+    query, key, value = node.inputs[:3]
+    mask = node.inputs[3] if len(node.inputs) > 3 and not node.inputs[3].is_empty() else None
+    scale = node.attrs.get("scale") or 1 / math.sqrt(int(query.shape[-1]))
+    return query, key, value, mask, float(scale), bool(node.attrs.get("is_causal", 0))
+
+
+def _match_softmax(node: gs.Node) -> _Found | None:
+    """Match softmax(q k^T * scale + mask) v from its last MatMul."""
+    weights, value = node.inputs
+    softmax = producer_of(_skip(weights, "Cast"), "Softmax")
+    if softmax is None:
+        return None
+    scores, mask = _skip(softmax.inputs[0], "Cast"), None
+    add = producer_of(scores, "Add")
+    if add is not None:
+        for product, other in unordered_inputs(add):
+            if _scaled(product)[1].op == "MatMul" if _scaled(product) else False:
+                scores, mask = product, other
+                break
+    scaled = _scaled(scores)
+    if scaled is None or scaled[1].op != "MatMul":
+        return None
+    scale, product_node = scaled
+    query_scale, query = _unscaled(product_node.inputs[0])
+    key_scale, key_t = _unscaled(product_node.inputs[1])
+    transpose = producer(key_t)
+    if not is_transpose(transpose, [0, 1, 3, 2]):
+        return None
+    inner_scale, key = _unscaled(transpose.inputs[0])
+    total = scale * query_scale * key_scale * inner_scale
+    return query, key, value, mask, total, False
+
+
+def _skip(tensor: gs.Tensor, *ops: str) -> gs.Tensor:
+    node = producer_of(tensor, *ops)
+    return node.inputs[0] if node is not None else tensor
+
+
+def _unscaled(tensor: gs.Tensor) -> tuple[float, gs.Tensor]:
+    """Return (factor, tensor) with a multiplication by a constant taken off."""
+    node = producer_of(tensor, "Mul", "Div")
+    if node is None:
+        return 1.0, tensor
+    value = scalar_value(node.inputs[1])
+    if value is not None:
+        return (value if node.op == "Mul" else 1 / value), node.inputs[0]
+    return 1.0, tensor
+
+
+def _scaled(tensor: gs.Tensor) -> tuple[float, gs.Node] | None:
+    factor, inner = _unscaled(tensor)
+    node = producer(inner)
+    return (factor, node) if node is not None else None
+
+
+def _merged_heads(tensor: gs.Variable) -> gs.Variable | None:
+    """Follow Reshape (same shape), Transpose, Reshape; return the last one's output."""
+    node = tensor.outputs[0] if len(tensor.outputs) == 1 else None
+    if node is not None and node.op == "Reshape" and len(node.outputs[0].shape or ()) == 4:
+        node = node.outputs[0].outputs[0]
+    if not is_transpose(node, _TO_HEADS):
+        return None
+    merge = node.outputs[0].outputs[0]
+    while merge.op in ("Identity", "Cast"):
+        merge = merge.outputs[0].outputs[0]
+    return merge.outputs[0] if merge.op == "Reshape" else None
+
+
+def _check_causal(graph: gs.Graph, match: _Match) -> None:
+    allowed = evaluate_mask(graph, match.mask, batch=2, rows=5)
+    expected = np.tril(np.ones((5, 5), bool))
+    if allowed.shape[-2:] != (5, 5) or not (allowed == expected).all():
+        raise PreconditionError(
+            f"The mask {match.mask.name!r} of attention {match.where!r} is not causal: for 5 "
+            f"rows it allows\n{allowed.reshape(-1, *allowed.shape[-2:])[0].astype(int)}\n"
+            "where a lower triangle was expected. Sliding windows and prefix masks are not "
+            "supported; a decoder with a KV cache must be exported without it."
+        )
+
+
+def _rewrite(graph: gs.Graph, match: _Match, number: int) -> None:
+    builder = GraphBuilder(graph, f"attention.{number}")
+    num_heads = int(match.query.shape[1])
+    key, value = _without_repeat(match.key), _without_repeat(match.value)
+    kv_num_heads = int(key.shape[1])
+    inputs = [
+        _rows_first(builder, tensor, what)
+        for tensor, what in ((match.query, "query"), (key, "key"), (value, "value"))
+    ]
+    output = builder.op(
+        "Attention",
+        inputs,
+        "output",
+        match.output.dtype,
+        [*inputs[0].shape[:2], num_heads * int(match.value.shape[-1])],
+        is_causal=1,
+        q_num_heads=num_heads,
+        kv_num_heads=kv_num_heads,
+        scale=match.scale,
+    )
+    replace_uses(match.output, output)
+
+
+def _without_repeat(tensor: gs.Tensor) -> gs.Tensor:
+    """Take off Unsqueeze, Expand, Reshape, which repeat KV heads for grouped queries."""
+    reshape = producer_of(tensor, "Reshape")
+    expand = producer_of(reshape.inputs[0], "Expand") if reshape is not None else None
+    unsqueeze = producer_of(expand.inputs[0], "Unsqueeze") if expand is not None else None
+    if unsqueeze is None:
+        return tensor
+    axes = constant_values(unsqueeze.inputs[1])
+    return (
+        unsqueeze.inputs[0] if axes is not None and list(axes.reshape(-1)) == [2] else tensor
+    )
+
+
+def _rows_first(builder: GraphBuilder, tensor: gs.Tensor, what: str) -> gs.Tensor:
+    """Return the [batch, rows, heads * head_dim] form of a [batch, heads, rows, head_dim] one.
+
+    Raises:
+        PreconditionError: If the tensor does not come from Reshape and Transpose, rotated or not.
+    """
+    rotary = producer_of(tensor, "RotaryEmbedding")
+    heads = rotary.inputs[0] if rotary is not None else tensor
+    transpose = producer(heads)
+    reshape = producer_of(transpose.inputs[0], "Reshape") if transpose is not None else None
+    if not is_transpose(transpose, _TO_HEADS) or reshape is None:
+        raise PreconditionError(
+            f"The {what} of {builder.scope} is computed by "
+            f"{transpose.op if transpose is not None else 'a graph input'} "
+            f"({heads.name!r}); expected Reshape to heads, Transpose and, at most, a rotary "
+            "embedding. This position embedding or layout is not supported."
+        )
+    flat = reshape.inputs[0]
+    if rotary is None:
+        return flat
+    return builder.op(
+        "RotaryEmbedding",
+        [flat, *rotary.inputs[1:]],
+        f"{what}_rotated",
+        flat.dtype,
+        flat.shape,
+        interleaved=0,
+        num_heads=int(heads.shape[1]),
+    )

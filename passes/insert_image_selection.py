@@ -1,0 +1,160 @@
+"""Keep the best-scoring image rows from decoder layer `sparse_layer` on.
+
+Before:  hidden_states [batch, rows, hidden_size] ───────────────────► layer sparse_layer
+After:   hidden_states ► policy ► SelectTokens ► GatherTokens ───────► layer sparse_layer
+
+Every row-wise value that the later layers read (hidden states, rotary tables) is gathered;
+positions are never renumbered. Where the graph has a KV cache, the later layers get capacities
+and a write index of their own, so that the rows they never see are never allocated.
+
+Adds the inputs `num_kept`, `kept_lengths`, `write_index_sparse` (with a cache) and, for the
+predictor, `num_image_rows`; the outputs `kept_indices` and `next_write_index_sparse`.
+
+Requires  `token_kind` and `position_ids` inputs; more layers than `sparse_layer`.
+Ensures   layers from `sparse_layer` on see `num_kept` rows, in their original order.
+Source    Dynamic-LLaVA, image branch of the decoder's inference path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from dllava_export import names
+from dllava_export.errors import PostconditionError, PreconditionError
+from dllava_export.passes.base import Pass
+from dllava_export.passes.decoder_layers import find_decoder_layers
+from dllava_export.passes.gather_last_row import row_lengths
+from dllava_export.passes.graph_builder import GraphBuilder, find_input
+from dllava_export.passes.insert_kv_cache import insert_next_write_index
+from dllava_export.passes.patterns import producer
+from dllava_export.passes.policies import ImageRows, PredictorWeights, insert_image_scores
+from dllava_export.passes.row_selection import (
+    insert_row_selection,
+    insert_select_tokens,
+    region_from,
+)
+
+__all__ = ["ImageSelection", "InsertImageSelectionPass", "find_image_selection"]
+
+
+@dataclasses.dataclass(frozen=True)
+class InsertImageSelectionPass(Pass):
+    """Insert scoring, selection and gathers before layer `sparse_layer`.
+
+    Attributes:
+        policy: `predictor`, `random`, `uniform` or `norm`.
+        sparse_layer: First decoder layer, 0-based, that sees only kept rows; at least 1.
+        weights: Trained predictors, for `predictor`.
+    """
+
+    policy: str
+    sparse_layer: int
+    weights: PredictorWeights | None = dataclasses.field(default=None, repr=False)
+
+    def requires(self, graph: gs.Graph) -> None:
+        """Row kinds and positions must be inputs; the layer must exist."""
+        for name in (names.TOKEN_KIND, names.POSITION_IDS):
+            if find_input(graph, name) is None:
+                raise PreconditionError(
+                    f"The graph has no input {name!r}; found {[t.name for t in graph.inputs]}."
+                )
+        num_layers = len(find_decoder_layers(graph))
+        if not 1 <= self.sparse_layer < num_layers:
+            raise PreconditionError(
+                f"sparse_layer must be in 1..{num_layers - 1} for this decoder of {num_layers} "
+                f"layers, got {self.sparse_layer}."
+            )
+        present = find_image_selection(graph)
+        if present is not None and present.scope != self._scope:
+            raise PreconditionError(
+                f"The decoder is already sparse ({present.scope}), and {self._scope} was asked "
+                "for. Start from a dense decoder."
+            )
+
+    @property
+    def _scope(self) -> str:
+        return f"layers.{self.sparse_layer}/select_image/{self.policy}"
+
+    def apply(self, graph: gs.Graph) -> bool:
+        """Insert the selection; return False where it is there already."""
+        if find_image_selection(graph) is not None:
+            return False
+        hidden = find_decoder_layers(graph)[self.sparse_layer].hidden_in
+        region = region_from(graph, hidden)
+        builder = GraphBuilder(graph, self._scope)
+        lengths = row_lengths(graph)
+        num_kept = builder.graph_input(names.NUM_KEPT, np.int64, [1])
+        kept_lengths = builder.graph_input(names.KEPT_LENGTHS, np.int64, [names.BATCH])
+        token_kind = find_input(graph, names.TOKEN_KIND)
+        rows = ImageRows(
+            hidden, find_input(graph, names.POSITION_IDS), token_kind, lengths, kept_lengths
+        )
+        scores = insert_image_scores(builder, self.policy, rows, self.weights)
+        kept = insert_select_tokens(
+            builder, scores, token_kind, num_kept, kept_lengths, names.NUM_KEPT_DIM
+        )
+        replacements = {lengths.name: kept_lengths}
+        if find_input(graph, names.WRITE_INDEX_FULL) is not None:
+            write_index = builder.graph_input(
+                names.WRITE_INDEX_SPARSE, np.int64, [names.BATCH]
+            )
+            replacements[names.WRITE_INDEX_FULL] = write_index
+            self._split_capacity(graph)
+        insert_row_selection(builder, region, kept, replacements)
+        builder.graph_output(kept, names.KEPT_INDICES)
+        if names.WRITE_INDEX_FULL in replacements:
+            past_key = find_input(graph, names.past(self.sparse_layer, "key"))
+            next_index = insert_next_write_index(
+                builder.scoped("kv_cache"), write_index, kept_lengths, past_key
+            )
+            builder.graph_output(next_index, names.NEXT_WRITE_INDEX_SPARSE)
+        return True
+
+    def _split_capacity(self, graph: gs.Graph) -> None:
+        for layer in find_decoder_layers(graph)[self.sparse_layer :]:
+            node = layer.attention
+            for tensor in (*node.inputs[3:5], *node.outputs[1:3]):
+                tensor.shape = [
+                    names.CAPACITY_SPARSE if d == names.CAPACITY_FULL else d for d in tensor.shape
+                ]
+
+    def ensures(self, graph: gs.Graph) -> None:
+        """Later layers must read gathered rows, and no later cache the full capacity."""
+        layer = find_decoder_layers(graph)[self.sparse_layer]
+        gather = producer(layer.hidden_in)
+        if gather is None or gather.op != "GatherTokens":
+            raise PostconditionError(f"Decoder layer {self.sparse_layer} does not read kept rows.")
+        for later in find_decoder_layers(graph)[self.sparse_layer :]:
+            inputs = {tensor.name for tensor in later.attention.inputs}
+            if names.WRITE_INDEX_FULL in inputs:
+                raise PostconditionError(
+                    f"Decoder layer {later.index} still writes its cache at the full index."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSelection:
+    """Where an image selection stands in a graph.
+
+    Attributes:
+        scope: Prefix of its node names.
+        layer: The decoder layer it stands before.
+        kept_indices: [batch, num_kept] int64.
+    """
+
+    scope: str
+    layer: int
+    kept_indices: gs.Variable
+
+
+def find_image_selection(graph: gs.Graph) -> ImageSelection | None:
+    """Return the image selection of a graph, None where the decoder is dense."""
+    for node in graph.nodes:
+        scope = node.name.rsplit("/", 1)[0]
+        if node.op == "SelectTokens" and "/select_image/" in scope:
+            layer = int(scope.split("/")[0].removeprefix("layers."))
+            return ImageSelection(scope, layer, node.outputs[0])
+    return None

@@ -1,0 +1,69 @@
+"""Small questions about graphs that several passes ask."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+__all__ = [
+    "constant_values",
+    "descendants",
+    "is_transpose",
+    "producer",
+    "producer_of",
+    "scalar_value",
+    "unordered_inputs",
+]
+
+
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """Return the node that computes a tensor, None for inputs and constants."""
+    return tensor.inputs[0] if isinstance(tensor, gs.Variable) and tensor.inputs else None
+
+
+def producer_of(tensor: gs.Tensor, *ops: str) -> gs.Node | None:
+    """Return the producer where it is one of the named standard ops, else None."""
+    node = producer(tensor)
+    return node if node is not None and node.op in ops and not node.domain else None
+
+
+def constant_values(tensor: gs.Tensor) -> np.ndarray | None:
+    """Return the values of a constant held in the graph; None for variables and weights."""
+    if not isinstance(tensor, gs.Constant):
+        return None
+    lazy = tensor._values
+    if isinstance(lazy, LazyValues) and lazy.tensor.external_data:
+        return None
+    return np.asarray(tensor.values)
+
+
+def scalar_value(tensor: gs.Tensor) -> float | None:
+    """Return the value of a constant with one element, else None."""
+    values = constant_values(tensor)
+    return float(values.reshape(-1)[0]) if values is not None and values.size == 1 else None
+
+
+def unordered_inputs(node: gs.Node) -> list[tuple[gs.Tensor, gs.Tensor]]:
+    """Return the two inputs of a commutative node in both orders."""
+    first, second = node.inputs
+    return [(first, second), (second, first)]
+
+
+def is_transpose(node: gs.Node | None, perm: list[int]) -> bool:
+    """True for a Transpose with exactly this permutation."""
+    return node is not None and node.op == "Transpose" and list(node.attrs["perm"]) == perm
+
+
+def descendants(tensor: gs.Tensor) -> list[gs.Node]:
+    """Return every node that depends on a tensor, in no particular order."""
+    found: dict[int, gs.Node] = {}
+    pending = list(tensor.outputs)
+    while pending:
+        node = pending.pop()
+        if id(node) in found:
+            continue
+        found[id(node)] = node
+        for output in node.outputs:
+            pending.extend(output.outputs)
+    return list(found.values())

@@ -1,0 +1,387 @@
+"""Policies: sub-graphs that score rows. Higher is kept; which rows compete is not decided here.
+
+`predictor` is Dynamic-LLaVA's trained pair. The others need no weights: `random` (a hash of the
+position, so that runs repeat), `uniform` (evenly spaced) and `norm` (length of the hidden
+state). All arithmetic is float32 or integer in every precision: a near-tie decides what stays.
+
+Source: Dynamic-LLaVA, `VisionPredictor` and `TextPredictor`; the others are baselines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from dllava_export import names
+from dllava_export.errors import PreconditionError
+from dllava_export.passes.graph_builder import GraphBuilder
+
+__all__ = ["ImageRows", "PredictorWeights", "insert_image_scores", "insert_text_decision"]
+
+_F32 = np.float32
+_NORM_EPSILON = 1e-5  # PyTorch's default, which the official modules use
+
+# x -> (A x^2 + B x + C) mod P: a quadratic congruence over a prime just under 2^31. Products
+# stay below 2^63 since positions are reduced first.
+_PRIME = 2147483647
+_HASH_A, _HASH_B, _HASH_C = 48271, 1103515245 % _PRIME, 12345
+_TEXT_SALT = 1 << 20
+_FIXED_POINT = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorWeights:
+    """Trained predictors: weights by canonical name, and what shapes cannot tell.
+
+    Attributes:
+        tensors: `image_predictor.*` and `output_text_predictor.*`; arrays, or tensors that
+            refer to external data.
+        num_heads: Attention heads of the image predictor's blocks.
+    """
+
+    tensors: Mapping[str, onnx.TensorProto | np.ndarray]
+    num_heads: int = 8
+
+    def constant(self, name: str) -> gs.Constant:
+        """Return a weight as a constant of its own name.
+
+        Raises:
+            PreconditionError: If the weight is not there.
+        """
+        if name not in self.tensors:
+            prefix = name.split(".", 1)[0]
+            raise PreconditionError(
+                f"The checkpoint has no {prefix} ({name!r} is missing), which policy "
+                "'predictor' needs. Use a trained Dynamic-LLaVA checkpoint, or one of the "
+                "policies that need no training: random, uniform, norm, none."
+            )
+        value = self.tensors[name]
+        if isinstance(value, np.ndarray):
+            return gs.Constant(name, value)
+        return gs.Constant(name, LazyValues(value))
+
+    def count_blocks(self) -> int:
+        """Return the number of transformer blocks of the image predictor."""
+        prefix = "image_predictor.transformer."
+        blocks = {n[len(prefix) :].split(".")[0] for n in self.tensors if n.startswith(prefix)}
+        return len(blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRows:
+    """What a policy may look at when it scores image rows.
+
+    Attributes:
+        hidden_states: [batch, rows, hidden_size], the residual stream at `sparse_layer`.
+        position_ids: [batch, rows] int64.
+        token_kind: [batch, rows] int64.
+        row_lengths: [batch] int64, valid rows before the selection.
+        kept_lengths: [batch] int64, valid rows after it.
+    """
+
+    hidden_states: gs.Variable
+    position_ids: gs.Variable
+    token_kind: gs.Variable
+    row_lengths: gs.Variable
+    kept_lengths: gs.Variable
+
+
+def insert_image_scores(
+    builder: GraphBuilder, policy: str, rows: ImageRows, weights: PredictorWeights | None
+) -> gs.Variable:
+    """Return scores [batch, rows] float32; only those of image rows mean something."""
+    if policy == "predictor":
+        return _predictor_scores(builder, rows, weights or PredictorWeights({}))
+    if policy == "random":
+        return _hash(builder, rows.position_ids, 0)
+    if policy == "uniform":
+        return _uniform_image_scores(builder, rows)
+    return _norm_scores(builder, rows.hidden_states)
+
+
+def insert_text_decision(
+    builder: GraphBuilder,
+    policy: str,
+    hidden_states: gs.Variable,
+    position_ids: gs.Variable,
+    keep_rate: float,
+    weights: PredictorWeights | None,
+) -> tuple[gs.Variable, gs.Variable]:
+    """Score generated tokens.
+
+    Args:
+        builder: Where new nodes are named.
+        policy: `predictor`, `random` or `uniform`.
+        hidden_states: [batch, rows, hidden_size].
+        position_ids: [batch, rows] int64, original positions of these rows.
+        keep_rate: Share to keep; the predictor decides by its own threshold instead.
+        weights: The trained predictor, for `predictor`.
+
+    Returns:
+        scores [batch, rows] float32, keep [batch, rows] bool.
+    """
+    shape = list(hidden_states.shape[:2])
+    if policy == "predictor":
+        return _predictor_head(builder, hidden_states, weights or PredictorWeights({}))
+    if policy == "random":
+        drawn = _hash(builder, position_ids, _TEXT_SALT)
+        scores = builder.op("Sub", [builder.scalar(keep_rate, _F32), drawn], "margin", _F32, shape)
+    else:
+        rate = round(keep_rate * _FIXED_POINT)
+        scores = _evenly_spaced(
+            builder,
+            position_ids,
+            builder.scalar(rate, np.int64),
+            builder.scalar(_FIXED_POINT, np.int64),
+        )
+    zero = builder.scalar(0.0, _F32)
+    return scores, builder.op("Greater", [scores, zero], "keep", bool, shape)
+
+
+def _hash(builder: GraphBuilder, positions: gs.Variable, salt: int) -> gs.Variable:
+    """Return pseudo-random numbers in [0, 1), one per position, float32."""
+    shape = list(positions.shape)
+
+    def step(op: str, x: gs.Tensor, value: int, what: str) -> gs.Variable:
+        constant = builder.scalar(value, np.int64)
+        return builder.op(op, [x, constant], what, np.int64, shape)
+
+    x = step("Add", positions, salt + 1, "salted")
+    product = step("Mul", x, _HASH_A, "scaled")
+    product = step("Add", product, _HASH_B, "shifted")
+    product = step("Mod", product, _PRIME, "reduced")
+    product = builder.op("Mul", [product, x], "quadratic", np.int64, shape)
+    product = step("Mod", step("Add", product, _HASH_C, "mixed"), _PRIME, "hashed")
+    number = builder.op("Cast", [product], "number", _F32, shape, to=1)
+    prime = builder.scalar(float(_PRIME), _F32)
+    return builder.op("Div", [number, prime], "uniform_number", _F32, shape)
+
+
+def _evenly_spaced(
+    builder: GraphBuilder, index: gs.Tensor, kept: gs.Tensor, total: gs.Tensor
+) -> gs.Variable:
+    """Return 1.0 where floor((i + 1) kept / total) > floor(i kept / total), else 0.0."""
+    shape = list(index.shape)
+    one = builder.scalar(1, np.int64)
+    following = builder.op("Add", [index, one], "following", np.int64, shape)
+    parts = []
+    for tensor, what in ((following, "up_to"), (index, "before")):
+        product = builder.op("Mul", [tensor, kept], f"product_{what}", np.int64, shape)
+        parts.append(builder.op("Div", [product, total], f"kept_{what}", np.int64, shape))
+    difference = builder.op("Sub", parts, "difference", np.int64, shape)
+    return builder.op("Cast", [difference], "scores", _F32, shape, to=1)
+
+
+def _uniform_image_scores(builder: GraphBuilder, rows: ImageRows) -> gs.Variable:
+    shape = list(rows.token_kind.shape)
+    column = [names.BATCH, 1]
+    one, axis = builder.scalar(1, np.int64), builder.ints(1)
+    image = builder.scalar(names.IMAGE, np.int64)
+    is_image = builder.op("Equal", [rows.token_kind, image], "is_image", bool, shape)
+    counted = builder.op("Cast", [is_image], "counted", np.int64, shape, to=7)
+    total = builder.op("ReduceSum", [counted, axis], "num_image", np.int64, column, keepdims=1)
+    axis_1 = builder.scalar(1, np.int64)
+    rank = builder.op(
+        "CumSum", [counted, axis_1], "rank", np.int64, shape, exclusive=1, reverse=0
+    )
+    dropped = builder.op(
+        "Sub", [rows.row_lengths, rows.kept_lengths], "num_dropped", np.int64, [names.BATCH]
+    )
+    dropped = builder.op("Unsqueeze", [dropped, axis], "dropped", np.int64, column)
+    kept = builder.op("Sub", [total, dropped], "num_kept_image", np.int64, column)
+    divisor = builder.op("Max", [total, one], "divisor", np.int64, column)
+    return _evenly_spaced(builder, rank, kept, divisor)
+
+
+def _norm_scores(builder: GraphBuilder, hidden_states: gs.Variable) -> gs.Variable:
+    shape = list(hidden_states.shape)
+    hidden = builder.op("Cast", [hidden_states], "hidden_f32", _F32, shape, to=1)
+    return builder.op(
+        "ReduceL2", [hidden, builder.ints(-1)], "scores", _F32, shape[:2], keepdims=0
+    )
+
+
+def _predictor_head(
+    builder: GraphBuilder, hidden_states: gs.Variable, weights: PredictorWeights
+) -> tuple[gs.Variable, gs.Variable]:
+    prefix = "output_text_predictor.output_mlp"
+    constants = [
+        weights.constant(f"{prefix}.{index}.{part}")
+        for index in (0, 1, 3, 5, 7)
+        for part in ("weight", "bias")
+    ]
+    shape = list(hidden_states.shape[:2])
+    scores, keep = builder.multi_op(
+        "PredictorHead",
+        [hidden_states, *constants],
+        [("scores", _F32, shape), ("keep", bool, shape)],
+        domain=names.DOMAIN,
+        epsilon=_NORM_EPSILON,
+    )
+    return scores, keep
+
+
+def _predictor_scores(
+    builder: GraphBuilder, rows: ImageRows, weights: PredictorWeights
+) -> gs.Variable:
+    """Run the image predictor on the image rows alone and put its scores back in place.
+
+    In decode `num_image_rows` is 0, so every tensor here is empty and costs next to nothing.
+    """
+    shape = list(rows.token_kind.shape)
+    index = _image_row_indices(builder, rows.token_kind)
+    num_image = index.shape[1]
+    hidden_size = rows.hidden_states.shape[-1]
+    hidden = builder.op(
+        "GatherTokens",
+        [rows.hidden_states, index],
+        "image_hidden_states",
+        rows.hidden_states.dtype,
+        [names.BATCH, num_image, hidden_size],
+        domain=names.DOMAIN,
+    )
+    log_odds = _ImagePredictor(builder, weights).logits(hidden)
+    log_probs = builder.op("LogSoftmax", [log_odds], "log_probs", _F32, log_odds.shape, axis=-1)
+    column_keep = builder.scalar(0, np.int64)
+    keep = builder.op(
+        "Gather", [log_probs, column_keep], "log_prob_keep", _F32, log_odds.shape[:2], axis=-1
+    )
+    dims = builder.op("Shape", [rows.token_kind], "dims", np.int64, [2])
+    empty = gs.Node(
+        op="ConstantOfShape",
+        name=f"{builder.scope}/no_scores",
+        attrs={"value": gs.Constant("value", np.zeros(1, _F32))},
+        inputs=[dims],
+        outputs=[gs.Variable(f"{builder.scope}/no_scores", dtype=np.dtype(_F32), shape=shape)],
+    )
+    builder.graph.nodes.append(empty)
+    return builder.op(
+        "ScatterElements", [empty.outputs[0], index, keep], "scores", _F32, shape, axis=1
+    )
+
+
+def _image_row_indices(builder: GraphBuilder, token_kind: gs.Variable) -> gs.Variable:
+    """Return the image rows of each sample, ascending: [batch, num_image_rows] int64.
+
+    A sample without an image yields its first rows; their scores are never looked at.
+    """
+    shape = list(token_kind.shape)
+    num_image_rows = builder.graph_input(names.NUM_IMAGE_ROWS, np.int64, [1])
+    image, one = builder.scalar(names.IMAGE, np.int64), builder.scalar(1, np.int64)
+    is_image = builder.op("Equal", [token_kind, image], "is_image", bool, shape)
+    count = builder.op("Shape", [token_kind], "num_rows", np.int64, [1], start=1, end=2)
+    scalar = builder.constant("scalar_shape", [], np.int64)
+    limit = builder.op("Reshape", [count, scalar], "row_limit", np.int64, [])
+    zero = builder.scalar(0, np.int64)
+    row = builder.op("Range", [zero, limit, one], "row", np.int64, [names.ROWS])
+    behind = builder.op("Add", [row, count], "row_behind", np.int64, [names.ROWS])
+    order = builder.op("Where", [is_image, row, behind], "order", np.int64, shape)
+    out = [names.BATCH, names.NUM_IMAGE_ROWS]
+    _, index = builder.multi_op(
+        "TopK",
+        [order, num_image_rows],
+        [("image_order", np.int64, out), ("image_rows", np.int64, out)],
+        axis=1,
+        largest=0,
+        sorted=1,
+    )
+    return index
+
+
+class _ImagePredictor:
+    """Writes Dynamic-LLaVA's image predictor: [batch, n, hidden_size] to logits [batch, n, 2]."""
+
+    def __init__(self, builder: GraphBuilder, weights: PredictorWeights) -> None:
+        self.builder = builder
+        self.weights = weights
+
+    def logits(self, hidden: gs.Variable) -> gs.Variable:
+        """Project down, mix image rows in blocks, join local and global halves, project out."""
+        builder = self.builder
+        x = builder.op("Cast", [hidden], "hidden_f32", _F32, hidden.shape, to=1)
+        x = self._gelu(self._linear(self._norm(x, "down_mlp.0"), "down_mlp.1"), "down")
+        for block in range(self.weights.count_blocks()):
+            x = self._block(x, f"transformer.{block}")
+        x = self._local_and_global(x)
+        x = self._gelu(self._linear(x, "output_mlp.0"), "output_0")
+        x = self._gelu(self._linear(x, "output_mlp.2"), "output_2")
+        return self._linear(x, "output_mlp.4")
+
+    def _weight(self, name: str) -> gs.Tensor:
+        """Return a weight in float32; runtimes fold the cast when they load the model."""
+        constant = self.weights.constant(f"image_predictor.{name}")
+        if constant.dtype == _F32:
+            return constant
+        return self.builder.op("Cast", [constant], f"{name}_f32", _F32, constant.shape, to=1)
+
+    def _norm(self, x: gs.Variable, name: str) -> gs.Variable:
+        inputs = [x, self._weight(f"{name}.weight"), self._weight(f"{name}.bias")]
+        return self.builder.op(
+            "LayerNormalization", inputs, name, _F32, x.shape, axis=-1, epsilon=_NORM_EPSILON
+        )
+
+    def _linear(self, x: gs.Variable, name: str, *, bias: bool = True) -> gs.Variable:
+        builder = self.builder
+        weight = self._weight(f"{name}.weight")
+        out_size, in_size = weight.shape
+        transposed = builder.op(
+            "Transpose", [weight], f"{name}_t", _F32, [in_size, out_size], perm=[1, 0]
+        )
+        shape = [*x.shape[:-1], out_size]
+        product = builder.op("MatMul", [x, transposed], f"{name}_product", _F32, shape)
+        if not bias:
+            return product
+        return builder.op("Add", [product, self._weight(f"{name}.bias")], name, _F32, shape)
+
+    def _gelu(self, x: gs.Variable, what: str) -> gs.Variable:
+        return self.builder.op("Gelu", [x], f"{what}_gelu", _F32, x.shape)
+
+    def _add(self, x: gs.Variable, y: gs.Variable, what: str) -> gs.Variable:
+        return self.builder.op("Add", [x, y], what, _F32, x.shape)
+
+    def _block(self, x: gs.Variable, name: str) -> gs.Variable:
+        builder = self.builder
+        width = x.shape[-1]
+        qkv = self._linear(self._norm(x, f"{name}.norm1"), f"{name}.attn.qkv", bias=False)
+        parts = builder.multi_op(
+            "Split",
+            [qkv],
+            [(f"{name}.{what}", _F32, x.shape) for what in ("query", "key", "value")],
+            axis=-1,
+            num_outputs=3,
+        )
+        heads = self.weights.num_heads
+        attended = builder.op(
+            "Attention",
+            parts,
+            f"{name}.attended",
+            _F32,
+            x.shape,
+            q_num_heads=heads,
+            kv_num_heads=heads,
+            scale=float((width // heads) ** -0.5),
+        )
+        x = self._add(x, self._linear(attended, f"{name}.attn.proj"), f"{name}.mid")
+        inner = self._linear(self._norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
+        inner = self._linear(self._gelu(inner, f"{name}.mlp"), f"{name}.mlp.fc2")
+        return self._add(x, inner, f"{name}.out")
+
+    def _local_and_global(self, x: gs.Variable) -> gs.Variable:
+        """Return the first half of each row beside the mean over rows of the second half."""
+        builder = self.builder
+        half = x.shape[-1] // 2
+        shape = [*x.shape[:-1], half]
+        local, second = builder.multi_op(
+            "Split", [x], [("local", _F32, shape), ("second", _F32, shape)], axis=-1, num_outputs=2
+        )
+        mean = builder.op(
+            "ReduceMean", [second, builder.ints(1)], "mean", _F32, [x.shape[0], 1, half], keepdims=1
+        )
+        dims = builder.op("Shape", [local], "local_dims", np.int64, [3])
+        spread = builder.op("Expand", [mean, dims], "global", _F32, shape)
+        return builder.op("Concat", [local, spread], "joined", _F32, x.shape, axis=-1)
