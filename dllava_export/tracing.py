@@ -25,6 +25,7 @@ __all__ = ["trace_decoder", "trace_visual"]
 logger = logging.getLogger(__name__)
 
 _TOWER = "tower."
+"""Prefix of the tower in the traced module; canonical names have none."""
 
 
 def trace_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
@@ -175,7 +176,7 @@ def _trace(
     model = program.model
     weights = []
     for value in list(model.graph.initializers.values()):
-        value.name = value.name.removeprefix(_TOWER)  # canonical names have no such prefix
+        value.name = value.name.removeprefix(_TOWER)
     for name, value in list(model.graph.initializers.items()):
         if not getattr(getattr(value.const_value, "raw", None), "is_meta", False):
             continue
@@ -206,7 +207,11 @@ def _trace(
             base_dir="",
         )
         model.graph.initializers[value.name] = value
-    return ir.serde.serialize_model(model)
+    proto = ir.serde.serialize_model(model)
+    for entry in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input):
+        del entry.metadata_props[:]  # PyTorch's source lines: of no use to anyone downstream
+    del proto.metadata_props[:], proto.graph.metadata_props[:]
+    return proto
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from tqdm import tqdm
@@ -383,10 +384,10 @@ def _converted(source: TensorSource, dtype: np.dtype) -> Iterator[bytes]:
             result = exact.astype(dtype)
         overflows = np.isfinite(exact) & ~np.isfinite(result.astype(np.float32))
         if overflows.any():
+            largest = float(ml_dtypes.finfo(dtype).max)
             raise CheckpointError(
-                f"Tensor '{source.name}' does not fit {dtype.name}: {int(overflows.sum())} of "
-                f"its {source.num_values} values so far overflow, the first is "
-                f"{exact[overflows][0]:g}. Export at bf16 or fp32."
+                f"Tensor '{source.name}' has the value {exact[overflows][0]:g}, expected at "
+                f"most {largest:g} for {dtype.name}. Export at bf16 or fp32."
             )
         yield result.tobytes()
 
