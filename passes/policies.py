@@ -130,7 +130,9 @@ def insert_text_decision(
         return _predictor_head(builder, hidden_states, weights or PredictorWeights({}))
     if policy == "random":
         drawn = _hash(builder, position_ids, _TEXT_SALT)
-        scores = builder.op("Sub", [builder.scalar(keep_rate, _F32), drawn], "margin", _F32, shape)
+        scores = builder.op(
+            "Sub", [builder.scalar(keep_rate, _F32), drawn], "margin", _F32, shape
+        )
     else:
         rate = round(keep_rate * _FIXED_POINT)
         scores = _evenly_spaced(
@@ -246,7 +248,9 @@ def _predictor_scores(
         domain=names.DOMAIN,
     )
     log_odds = _ImagePredictor(builder, weights).logits(hidden)
-    log_probs = builder.op("LogSoftmax", [log_odds], "log_probs", _F32, log_odds.shape, axis=-1)
+    log_probs = builder.op(
+        "LogSoftmax", [log_odds], "log_probs", _F32, log_odds.shape, axis=-1
+    )
     column_keep = builder.scalar(0, np.int64)
     keep = builder.op(
         "Gather", [log_probs, column_keep], "log_prob_keep", _F32, log_odds.shape[:2], axis=-1
@@ -355,21 +359,51 @@ class _ImagePredictor:
             axis=-1,
             num_outputs=3,
         )
-        heads = self.weights.num_heads
-        attended = builder.op(
-            "Attention",
-            parts,
-            f"{name}.attended",
-            _F32,
-            x.shape,
-            q_num_heads=heads,
-            kv_num_heads=heads,
-            scale=float((width // heads) ** -0.5),
-        )
+        attended = self._attend(parts, name)
         x = self._add(x, self._linear(attended, f"{name}.attn.proj"), f"{name}.mid")
         inner = self._linear(self._norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
         inner = self._linear(self._gelu(inner, f"{name}.mlp"), f"{name}.mlp.fc2")
         return self._add(x, inner, f"{name}.out")
+
+    def _attend(self, parts: list[gs.Variable], name: str) -> gs.Variable:
+        """Attend without a mask, written out: the Attention op refuses zero rows (decode)."""
+        builder = self.builder
+        batch, num_rows, width = parts[0].shape
+        heads = self.weights.num_heads
+        size = width // heads
+        split = builder.constant(f"{name}.split_heads", [0, 0, heads, size], np.int64)
+        shape, shape_t = [batch, heads, num_rows, size], [batch, heads, size, num_rows]
+        query, key, value = (
+            builder.op(
+                "Reshape",
+                [x, split],
+                f"{x.name.rsplit('.')[-1]}_heads",
+                _F32,
+                [batch, num_rows, heads, size],
+            )
+            for x in parts
+        )
+        query = builder.op("Transpose", [query], f"{name}.q", _F32, shape, perm=[0, 2, 1, 3])
+        key = builder.op("Transpose", [key], f"{name}.k_t", _F32, shape_t, perm=[0, 2, 3, 1])
+        value = builder.op("Transpose", [value], f"{name}.v", _F32, shape, perm=[0, 2, 1, 3])
+        scale = builder.scalar(float(size**-0.5), _F32)
+        query = builder.op("Mul", [query, scale], f"{name}.q_scaled", _F32, shape)
+        square = [batch, heads, num_rows, num_rows]
+        scores = builder.op("MatMul", [query, key], f"{name}.scores", _F32, square)
+        probs = builder.op("Softmax", [scores], f"{name}.probs", _F32, square, axis=-1)
+        mixed = builder.op("MatMul", [probs, value], f"{name}.mixed", _F32, shape)
+        rows_first = builder.op(
+            "Transpose",
+            [mixed],
+            f"{name}.rows",
+            _F32,
+            [batch, num_rows, heads, size],
+            perm=[0, 2, 1, 3],
+        )
+        merge = builder.constant(f"{name}.merge_heads", [0, 0, width], np.int64)
+        return builder.op(
+            "Reshape", [rows_first, merge], f"{name}.attended", _F32, parts[0].shape
+        )
 
     def _local_and_global(self, x: gs.Variable) -> gs.Variable:
         """Return the first half of each row beside the mean over rows of the second half."""
@@ -377,10 +411,19 @@ class _ImagePredictor:
         half = x.shape[-1] // 2
         shape = [*x.shape[:-1], half]
         local, second = builder.multi_op(
-            "Split", [x], [("local", _F32, shape), ("second", _F32, shape)], axis=-1, num_outputs=2
+            "Split",
+            [x],
+            [("local", _F32, shape), ("second", _F32, shape)],
+            axis=-1,
+            num_outputs=2,
         )
         mean = builder.op(
-            "ReduceMean", [second, builder.ints(1)], "mean", _F32, [x.shape[0], 1, half], keepdims=1
+            "ReduceMean",
+            [second, builder.ints(1)],
+            "mean",
+            _F32,
+            [x.shape[0], 1, half],
+            keepdims=1,
         )
         dims = builder.op("Shape", [local], "local_dims", np.int64, [3])
         spread = builder.op("Expand", [mean, dims], "global", _F32, shape)

@@ -1,0 +1,584 @@
+"""Run a bundle: prefill, decode, further prompts, passes without a cache.
+
+A `Session` keeps the bookkeeping that all backends share: which rows are fed, how long each
+cache is, what was kept. A backend only runs graphs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dllava_export import bundle, names
+from dllava_export.chat import IMAGE_PLACEHOLDER_ID, check_prompt, normalise_placeholders
+from dllava_export.errors import BackendError, CapacityError, InvalidInputError
+from dllava_export.kv_plan import SPARE_ROWS, KVPlan, plan_kv_cache
+from dllava_export.ort_backend import OrtBackend, StepInputs, StepOutputs
+from dllava_export.prompt_rows import PromptRows, assemble_prompt
+from dllava_export.weights import EmbeddingTable
+
+if TYPE_CHECKING:
+    from dllava_export.chat import ChatTokenizer
+    from dllava_export.generation import Generation, ImageInput, OnToken
+    from dllava_export.images import ImageProcessor
+
+__all__ = ["BACKENDS", "DecodeResult", "PrefillResult", "RecomputeResult", "Session", "load"]
+
+BACKENDS = ("onnxruntime",)
+
+Prompts = np.ndarray | Sequence[np.ndarray] | Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillResult:
+    """What a prompt gives.
+
+    Attributes:
+        logits: [batch, vocab_size] float32, for the token after the prompt.
+        kept_image_indices: [batch, k] int64, ascending, 0-based within the image; -1 for
+            samples without an image.
+        cache_lengths: [layers, batch] int64, valid rows of each cache.
+    """
+
+    logits: np.ndarray
+    kept_image_indices: np.ndarray
+    cache_lengths: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeResult:
+    """What one token per sample gives.
+
+    Attributes:
+        logits: [batch, vocab_size] float32, for the token after it.
+        keep: [batch] bool, true where its keys and values stay in every cache.
+        forced: [batch] bool, true where the policy wanted to keep it but the sparse caches
+            were full.
+        cache_lengths: [layers, batch] int64.
+    """
+
+    logits: np.ndarray
+    keep: np.ndarray
+    forced: np.ndarray
+    cache_lengths: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class RecomputeResult:
+    """What one pass without a cache gives.
+
+    Attributes:
+        logits: [batch, vocab_size] float32, for the token after the last one given.
+        num_rows: [batch] int64, rows after selection.
+    """
+
+    logits: np.ndarray
+    num_rows: np.ndarray
+
+
+def load(
+    path: str | Path,
+    backend: str = "onnxruntime",
+    *,
+    max_length: int | None = None,
+    num_threads: int | None = None,
+    verify: bool = True,
+) -> Session:
+    """Open a bundle.
+
+    Args:
+        path: The bundle.
+        backend: `onnxruntime`.
+        max_length: Largest number of tokens, prompt and answer together, that a sample may
+            have; the model's `max_position_embeddings` by default.
+        num_threads: Threads of the runtime; its own default where None.
+        verify: Compare the files with the digests in the manifest.
+
+    Raises:
+        BackendError: If there is no such backend, or it cannot run the bundle.
+        BundleError: If the bundle is incomplete, changed, or of another schema version.
+        ValueError: If `max_length` is not positive.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(
+            f"There is no backend {backend!r}; this version has {', '.join(BACKENDS)}. "
+            "`dllava-export doctor` tells what each one needs."
+        )
+    folder = Path(path)
+    manifest = bundle.read_manifest(folder, verify=verify)
+    limit = max_length if max_length is not None else manifest.max_position_embeddings
+    if limit < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}.")
+    return Session(folder, manifest, OrtBackend(folder, manifest, num_threads=num_threads), limit)
+
+
+class Session:
+    """One conversation, or one batch of them, over a bundle. Made by `load`.
+
+    Attributes:
+        manifest: What the bundle is.
+        max_length: Tokens a sample may have, prompt and answer together.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: bundle.Manifest, backend: OrtBackend, max_length: int
+    ) -> None:
+        self.manifest = manifest
+        self.max_length = max_length
+        self._folder = folder
+        self._backend = backend
+        self._embedding: EmbeddingTable | None = None
+        if manifest.embedding is not None:
+            self._embedding = EmbeddingTable(folder / bundle.LLM_FOLDER, manifest.embedding)
+        self._tokenizer: ChatTokenizer | None = None
+        self._image_processor: ImageProcessor | None = None
+        self._full = np.zeros(0, np.int64)
+        self._sparse = np.zeros(0, np.int64)
+
+    # What a bundle carries beside its graphs, opened when it is first needed.
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """The bundle's tokenizer.
+
+        Raises:
+            InvalidInputError: If the bundle has none.
+        """
+        from dllava_export.chat import ChatTokenizer
+
+        if self.manifest.chat_template is None:
+            raise InvalidInputError(
+                f"{self._folder} has no tokenizer, so it takes token ids instead of text. Use "
+                "--input-ids, or export from a checkpoint with a tokenizer."
+            )
+        if self._tokenizer is None:
+            self._tokenizer = ChatTokenizer.from_folder(
+                self._folder / bundle.LLM_FOLDER,
+                template=self.manifest.chat_template,
+                image_token_id=self.manifest.image_token_id,
+            )
+        return self._tokenizer
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        """What turns pictures into `pixel_values`.
+
+        Raises:
+            InvalidInputError: If the bundle takes no pictures.
+        """
+        import json
+
+        from dllava_export.images import ImageProcessor
+
+        if not self.manifest.has_visual:
+            raise InvalidInputError(
+                f"{self._folder} has no vision tower and takes no images. Export it from a "
+                "LLaVA checkpoint, or leave the image out."
+            )
+        if self._image_processor is None:
+            path = self._folder / bundle.VISUAL_FOLDER / "preprocessor_config.json"
+            self._image_processor = ImageProcessor.from_config(
+                json.loads(path.read_text(encoding="utf-8")), self.manifest.image_aspect_ratio
+            )
+        return self._image_processor
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        if self.manifest.chat_template is not None:
+            return self.tokenizer.eos_token_ids or self.manifest.eos_token_ids
+        return self.manifest.eos_token_ids
+
+    @property
+    def kv_plan(self) -> KVPlan:
+        """The cache buffers of the current batch.
+
+        Raises:
+            InvalidInputError: Before the first prefill.
+        """
+        if self._backend.plan is None:
+            raise InvalidInputError("There is no cache yet; call prefill first.")
+        return self._backend.plan
+
+    @property
+    def cache_lengths(self) -> np.ndarray:
+        """Valid rows of each cache, [layers, batch] int64."""
+        num_layers = self.manifest.geometry.num_layers
+        num_full = self.kv_plan.num_full_layers
+        return np.stack([self._full] * num_full + [self._sparse] * (num_layers - num_full))
+
+    @property
+    def is_full(self) -> np.ndarray:
+        """[batch] bool, true where no further token fits."""
+        return self._full + SPARE_ROWS >= self.kv_plan.capacity_full
+
+    def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a layer's keys and values, [batch, num_kv_heads, capacity, head_dim].
+
+        Rows from `cache_lengths[layer]` on mean nothing. Keys are after rotary embedding.
+        """
+        return self._backend.cache(layer)
+
+    def prefill(
+        self,
+        input_ids: Prompts,
+        pixel_values: np.ndarray | None = None,
+        *,
+        image_features: np.ndarray | None = None,
+        max_new_tokens: int | None = None,
+    ) -> PrefillResult:
+        """Feed new prompts; whatever was cached before is dropped.
+
+        Args:
+            input_ids: [batch, t] int64, or one array per sample. -200 or the tokenizer's image
+                token stands for the image.
+            pixel_values: [num_images, 3, image_size, image_size] float32, one for each sample
+                with a placeholder, in order.
+            image_features: [num_images, num_image_tokens, hidden_size], instead of pixels.
+            max_new_tokens: Tokens that will follow at most, answers and further prompts;
+                as many as `max_length` allows by default. Sizes the caches.
+
+        Raises:
+            InvalidInputError: If prompts and images do not fit the bundle or each other.
+            CapacityError: If a prompt is longer than `max_length`.
+        """
+        rows = self._prompt_rows(input_ids, pixel_values, image_features)
+        longest = int(rows.lengths.max())
+        if longest > self.max_length:
+            raise CapacityError(
+                f"The prompt has {longest} tokens ({int(rows.num_image.max())} of them image "
+                f"tokens), the session has room for {self.max_length}. Shorten the prompt or "
+                "load the bundle with a larger max_length."
+            )
+        room = self.max_length - longest
+        num_new = room if max_new_tokens is None else min(max_new_tokens, room)
+        kept_lengths = self._kept_lengths(rows)
+        batch = len(rows.lengths)
+        plan = plan_kv_cache(
+            self.manifest.geometry,
+            self.manifest.sparsity,
+            batch=batch,
+            num_prompt=longest,
+            num_kept=int(kept_lengths.max()),
+            num_new=num_new,
+        )
+        self._backend.allocate(plan)
+        self._full, self._sparse = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
+        outputs = self._backend.run(self._step(rows, kept_lengths))
+        self._advance(outputs)
+        kept = _kept_image_indices(rows, outputs.kept_indices, kept_lengths)
+        return PrefillResult(outputs.logits, kept, self.cache_lengths)
+
+    def decode(
+        self, token_ids: np.ndarray | Sequence[int], *, active: np.ndarray | None = None
+    ) -> DecodeResult:
+        """Feed one generated token per sample.
+
+        Args:
+            token_ids: [batch] int64.
+            active: [batch] bool; samples that are finished are fed padding and do not change.
+                All are active by default.
+
+        Raises:
+            CapacityError: If an active sample's cache is full.
+            InvalidInputError: If the number of tokens is not the batch size.
+        """
+        ids = np.asarray(token_ids, np.int64)
+        batch = len(self._full)
+        if ids.shape != (batch,) or batch == 0:
+            raise InvalidInputError(
+                f"decode got token ids of shape {ids.shape}, expected ({batch},): one for each "
+                "sample of the last prefill."
+            )
+        is_active = np.ones(batch, bool) if active is None else np.asarray(active, bool)
+        if (is_active & self.is_full).any():
+            sample = int(np.flatnonzero(is_active & self.is_full)[0])
+            raise CapacityError(
+                f"The KV cache of sample {sample} is full at {int(self._full[sample])} tokens. "
+                "Allow more with max_length or max_new_tokens."
+            )
+        counted = is_active.astype(np.int64)
+        embeds = self._lookup(ids)[:, None]
+        inputs = StepInputs(
+            inputs_embeds=embeds,
+            position_ids=self._full[:, None],
+            token_kind=(counted * names.GENERATED_TEXT)[:, None],
+            num_kept=np.ones(1, np.int64),
+            kept_lengths=counted,
+            num_image_rows=np.zeros(1, np.int64),
+            write_index_full=self._full,
+            write_index_sparse=self._sparse,
+        )
+        before = self._sparse
+        outputs = self._backend.decode(inputs)
+        self._advance(outputs)
+        stored = self._sparse > before
+        wanted = outputs.keep if outputs.keep is not None else np.ones(batch, bool)
+        is_dense = self.manifest.sparsity.is_dense
+        return DecodeResult(
+            outputs.logits,
+            is_active if is_dense else stored,
+            np.zeros(batch, bool) if is_dense else wanted & ~stored & is_active,
+            self.cache_lengths,
+        )
+
+    def extend(self, input_ids: Prompts) -> PrefillResult:
+        """Feed a further prompt on top of the caches; all its rows are stored.
+
+        Args:
+            input_ids: [batch, t] int64, or one array per sample; text only.
+
+        Returns:
+            As prefill; `kept_image_indices` is empty.
+
+        Raises:
+            CapacityError: If it does not fit.
+            InvalidInputError: If there is no cache yet, or an image in the prompt.
+        """
+        prompts = self._normalised(input_ids)
+        if len(prompts) != len(self._full) or not prompts:
+            raise InvalidInputError(
+                f"extend got {len(prompts)} prompts, expected {len(self._full)}: one for each "
+                "sample of the last prefill."
+            )
+        check_prompt(prompts, has_image=False, vocab_size=self.manifest.geometry.vocab_size)
+        rows = assemble_prompt(prompts, None, self._lookup)
+        self._make_room(rows.lengths)
+        logits = [self._extend_sample(sample, rows) for sample in range(len(prompts))]
+        return PrefillResult(
+            np.concatenate(logits), np.zeros((len(prompts), 0), np.int64), self.cache_lengths
+        )
+
+    def recompute(
+        self,
+        input_ids: Prompts,
+        pixel_values: np.ndarray | None = None,
+        output_ids: np.ndarray | None = None,
+        *,
+        image_features: np.ndarray | None = None,
+    ) -> RecomputeResult:
+        """Run prompt and answer so far in one pass without a cache.
+
+        Args:
+            input_ids: As for prefill.
+            pixel_values: As for prefill.
+            output_ids: [batch, j] int64, the answer so far; none by default.
+            image_features: As for prefill.
+
+        Raises:
+            InvalidInputError: If inputs do not fit the bundle or each other.
+        """
+        outputs = None
+        if output_ids is not None:
+            outputs = np.asarray(output_ids, np.int64)
+            if outputs.ndim != 2:
+                raise InvalidInputError(
+                    f"output_ids has shape {outputs.shape}, expected [batch, j]."
+                )
+        rows = self._prompt_rows(input_ids, pixel_values, image_features, outputs)
+        kept_lengths = self._kept_lengths(rows)
+        result = self._backend.recompute(self._step(rows, kept_lengths))
+        num_rows = result.num_rows if result.num_rows is not None else kept_lengths
+        return RecomputeResult(result.logits, num_rows)
+
+    def generate(
+        self,
+        images: Sequence[ImageInput | None] | None = None,
+        prompts: Sequence[str] | None = None,
+        *,
+        input_ids: Prompts | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        mode: str = "cache",
+        on_token: OnToken | None = None,
+    ) -> list[Generation]:
+        """Answer a batch of prompts.
+
+        Args:
+            images: One per prompt: a path, a PIL image, an array, or None without an image.
+            prompts: Questions; the bundle's chat template is put around them.
+            input_ids: Token ids instead of `prompts`, as for prefill.
+            max_new_tokens: Tokens generated at most, per sample.
+            temperature: 0 takes the likeliest token.
+            top_p: Share of probability to sample from, in (0, 1].
+            seed: For sampling; each sample of a batch has its own stream.
+            mode: `cache`, or `recompute` for a pass without KV cache per token.
+            on_token: Called with (sample, token id, text) as tokens come; text is empty
+                while it is incomplete, or without a tokenizer.
+
+        Returns:
+            One `Generation` per prompt, each equal to what the prompt gives alone.
+
+        Raises:
+            InvalidInputError: If prompts and images do not fit.
+            CapacityError: If a prompt is too long.
+            ValueError: If a setting is out of range.
+        """
+        from dllava_export.generation import generate
+
+        return generate(
+            self,
+            images,
+            prompts,
+            input_ids=input_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            mode=mode,
+            on_token=on_token,
+        )
+
+    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Return image features.
+
+        Args:
+            pixel_values: [num_images, 3, image_size, image_size] float32.
+
+        Returns:
+            [num_images, num_image_tokens, hidden_size], the bundle's precision.
+
+        Raises:
+            InvalidInputError: If the shape is wrong or the bundle takes no pictures.
+        """
+        size = self.image_processor.size
+        pixels = np.asarray(pixel_values)
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+            raise InvalidInputError(
+                f"pixel_values has shape {list(pixels.shape)}, expected [num_images, 3, {size}, "
+                f"{size}]. Use session.image_processor to prepare pictures."
+            )
+        return self._backend.encode_images(pixels)
+
+    def normalised_prompts(self, input_ids: Prompts) -> list[np.ndarray]:
+        """Return one int64 array per sample, with -200 as the only image placeholder."""
+        return self._normalised(input_ids)
+
+    def _normalised(self, input_ids: Prompts) -> list[np.ndarray]:
+        num_image_tokens = self.manifest.geometry.num_image_tokens
+        return [
+            normalise_placeholders(
+                np.asarray(ids, np.int64), self.manifest.image_token_id, num_image_tokens
+            )
+            for ids in input_ids
+        ]
+
+    def _lookup(self, ids: np.ndarray) -> np.ndarray:
+        if self._embedding is None:
+            raise InvalidInputError(
+                f"{self._folder} has no token embeddings, so it cannot take token ids."
+            )
+        return self._embedding.lookup(ids)
+
+    def _prompt_rows(
+        self,
+        input_ids: Prompts,
+        pixel_values: np.ndarray | None,
+        image_features: np.ndarray | None,
+        outputs: np.ndarray | None = None,
+    ) -> PromptRows:
+        prompts = self._normalised(input_ids)
+        if not prompts:
+            raise InvalidInputError("There is no prompt; expected at least one.")
+        num_images = max((len(x) for x in (pixel_values, image_features) if x is not None), default=0)
+        # With an image for every prompt or for none, the message can name the sample.
+        has_image: bool | list[bool] = num_images > 0
+        if 0 < num_images < len(prompts):
+            has_image = [bool((ids == IMAGE_PLACEHOLDER_ID).any()) for ids in prompts]
+        check_prompt(prompts, has_image=has_image, vocab_size=self.manifest.geometry.vocab_size)
+        if pixel_values is not None and image_features is None:
+            image_features = self.encode_images(pixel_values)
+        if outputs is not None and len(outputs) != len(prompts):
+            raise InvalidInputError(
+                f"output_ids is for {len(outputs)} samples, the prompts are {len(prompts)}."
+            )
+        return assemble_prompt(prompts, image_features, self._lookup, outputs=outputs)
+
+    def _kept_lengths(self, rows: PromptRows) -> np.ndarray:
+        """Return rows of each sample that go on from `sparse_layer`, [batch] int64."""
+        sparsity = self.manifest.sparsity
+        dropped = [n - sparsity.num_kept_image_tokens(int(n)) if n else 0 for n in rows.num_image]
+        return rows.lengths - np.array(dropped, np.int64)
+
+    def _step(self, rows: PromptRows, kept_lengths: np.ndarray) -> StepInputs:
+        return StepInputs(
+            inputs_embeds=rows.inputs_embeds,
+            position_ids=rows.position_ids,
+            token_kind=rows.token_kind,
+            num_kept=kept_lengths.max(keepdims=True),
+            kept_lengths=kept_lengths,
+            num_image_rows=rows.num_image.max(keepdims=True),
+            write_index_full=self._full,
+            write_index_sparse=self._sparse,
+        )
+
+    def _advance(self, outputs: StepOutputs) -> None:
+        assert outputs.next_write_index_full is not None
+        self._full = outputs.next_write_index_full
+        sparse = outputs.next_write_index_sparse
+        self._sparse = self._full if sparse is None else sparse
+
+    def _make_room(self, lengths: np.ndarray) -> None:
+        """Let the sparse caches grow for a further prompt; the full ones were planned for it."""
+        plan = self.kv_plan
+        needed = int((self._full + lengths).max()) + SPARE_ROWS
+        if needed > plan.capacity_full:
+            raise CapacityError(
+                f"With this prompt the conversation has {needed - SPARE_ROWS} tokens, its KV "
+                f"cache has room for {plan.capacity_full - SPARE_ROWS}. Start anew, or prefill "
+                "with a larger max_new_tokens or max_length."
+            )
+        sparse_rows = int((self._sparse + lengths).max())
+        if plan.num_sparse_layers and sparse_rows + SPARE_ROWS > plan.capacity_sparse:
+            left = plan.capacity_full - needed
+            grown = min(sparse_rows + left, sparse_rows + max(left // 2, 1))
+            self._backend.grow_sparse(plan.with_sparse_rows(grown))
+
+    def _extend_sample(self, sample: int, rows: PromptRows) -> np.ndarray:
+        length = int(rows.lengths[sample])
+        one = slice(sample, sample + 1)
+        full, sparse = self._full[one], self._sparse[one]
+        lengths = rows.lengths[one]
+        inputs = StepInputs(
+            inputs_embeds=rows.inputs_embeds[one, :length],
+            position_ids=full[:, None] + np.arange(length),
+            token_kind=rows.token_kind[one, :length],
+            num_kept=lengths,
+            kept_lengths=lengths,
+            num_image_rows=np.zeros(1, np.int64),
+            write_index_full=full,
+            write_index_sparse=sparse,
+        )
+        outputs = self._backend.run(inputs, sample=sample)
+        assert outputs.next_write_index_full is not None
+        self._full, self._sparse = self._full.copy(), self._sparse.copy()
+        self._full[one] = outputs.next_write_index_full
+        next_sparse = outputs.next_write_index_sparse
+        self._sparse[one] = self._full[one] if next_sparse is None else next_sparse
+        return outputs.logits
+
+
+def _kept_image_indices(
+    rows: PromptRows, kept_indices: np.ndarray | None, kept_lengths: np.ndarray
+) -> np.ndarray:
+    """Return [batch, k] int64 within each image; -1 where a sample has none."""
+    found = []
+    for sample, num_image in enumerate(rows.num_image):
+        start = rows.image_start[sample]
+        kept = np.arange(num_image)
+        if kept_indices is not None and num_image:
+            indices = kept_indices[sample, : kept_lengths[sample]] - start
+            kept = indices[(indices >= 0) & (indices < num_image)]
+        found.append(kept)
+    width = max((len(kept) for kept in found), default=0)
+    result = np.full((len(found), width), -1, np.int64)
+    for sample, kept in enumerate(found):
+        result[sample, : len(kept)] = kept
+    return result
+
