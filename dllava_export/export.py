@@ -37,6 +37,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_NUM_STAGES = 3
 _TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-graphsurgeon")
 
 
@@ -399,14 +400,13 @@ def _stages(enabled: bool) -> Iterator[Callable[[str], None]]:
     from tqdm import tqdm
 
     form = "{desc} {bar} {n}/{total} [{elapsed}]"
-    with tqdm(total=3, disable=not enabled, bar_format=form) as bar:
+    with tqdm(total=_NUM_STAGES, disable=not enabled, bar_format=form) as bar:
 
         def stage(name: str) -> None:
-            bar.update(1 if bar.desc else 0)
             bar.set_description(f"{name:28}")
+            bar.update()
 
         yield stage
-        bar.update()
 
 
 def referenced_files(models: Iterable[onnx.ModelProto]) -> set[str]:

@@ -77,6 +77,7 @@ class OrtBackend:
         folder: The bundle.
         manifest: Its manifest.
         num_threads: Threads of ONNX Runtime; its own default where None.
+        decoder: A portable decoder over the bundle's weights, instead of the bundle's own.
 
     Raises:
         BackendError: If ONNX Runtime is missing or cannot run the graphs.
@@ -85,7 +86,12 @@ class OrtBackend:
     name = "onnxruntime"
 
     def __init__(
-        self, folder: Path, manifest: bundle.Manifest, *, num_threads: int | None = None
+        self,
+        folder: Path,
+        manifest: bundle.Manifest,
+        *,
+        num_threads: int | None = None,
+        decoder: onnx.ModelProto | None = None,
     ) -> None:
         if manifest.precision == "bf16":
             raise BackendError(
@@ -95,7 +101,7 @@ class OrtBackend:
         self._folder = folder
         self._manifest = manifest
         self._num_threads = num_threads
-        self._decoder = self._open_decoder(bundle.DECODER)
+        self._decoder = self._open_decoder(decoder or bundle.DECODER)
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._caches: dict[str, np.ndarray] = {}
         self._decode: _BoundStep | None = None
@@ -177,9 +183,9 @@ class OrtBackend:
                 self._sessions[what] = open_session(path, num_threads=self._num_threads)
         return self._sessions[what]
 
-    def _open_decoder(self, file: str) -> ort.InferenceSession:
+    def _open_decoder(self, source: str | onnx.ModelProto) -> ort.InferenceSession:
         folder = self._folder / bundle.LLM_FOLDER
-        model = lowered_model(folder / file)
+        model = lowered_model(folder / source if isinstance(source, str) else source)
         return open_session(model, folder=folder, num_threads=self._num_threads)
 
 
@@ -273,6 +279,8 @@ def open_session(
         ) from error
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # Idle threads must not go on spinning: they would slow whatever runs between two steps.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     if folder is not None:

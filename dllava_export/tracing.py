@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dllava_export.checkpoint import Checkpoint, ProjectorConfig
 
-__all__ = ["trace_decoder", "trace_visual"]
+__all__ = ["quiet_exporter", "trace_decoder", "trace_visual"]
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def _trace(
     import onnxscript.optimizer
     import torch
 
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet_exporter():
         program = torch.onnx.export(
             module,
             example,
@@ -189,7 +189,7 @@ def _trace(
         value.const_value = None
         del model.graph.initializers[name]
         model.graph.inputs.append(value)
-    with _quiet():
+    with quiet_exporter():
         onnxscript.optimizer.optimize_ir(model)
     from dllava_export.weights import CHECKPOINT_LOCATION
 
@@ -215,7 +215,7 @@ def _trace(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's progress lines and version warnings off the user's screen."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

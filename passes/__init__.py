@@ -1,4 +1,4 @@
-"""Graph passes, in the order in which they run; `README.md` beside this file is their table."""
+"""Graph passes, in the order in which they run; `README.md` beside them is their table."""
 
 from dllava_export.passes.base import Pass, PassResult, run_passes
 from dllava_export.passes.fuse_attention import FuseAttentionPass

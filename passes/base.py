@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Pass:
-    """One transformation of a graph. Subclasses are frozen dataclasses; fields are settings."""
+    """One transformation of a graph; subclasses are frozen dataclasses of their settings."""
 
     def requires(self, graph: gs.Graph) -> None:
         """Raise `PreconditionError` where the graph lacks what `apply` needs."""

@@ -1,12 +1,13 @@
 """Find the decoder layers of a normalised graph by their structure, never by node names.
 
-A layer is: residual stream ► norm ► q, k, v ► attention ► o_proj ► add to the residual stream ►
-norm ► MLP ► add to the residual stream. Each layer starts where the one before ends.
+A layer is: residual stream ► norm ► q, k, v ► attention ► o_proj ► add to the residual
+stream ► norm ► MLP ► add to the residual stream. Each layer starts where the one before ends.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import onnx_graphsurgeon as gs
 
@@ -44,13 +45,13 @@ def find_decoder_layers(graph: gs.Graph) -> list[DecoderLayer]:
             "or ai.dllava::KVCacheAttention. Run the fusing passes first."
         )
     layers = [_layer(index, node) for index, node in enumerate(attentions)]
-    for before, after in zip(layers, layers[1:], strict=False):
+    for before, after in itertools.pairwise(layers):
         start = _before_selection(after.hidden_in)
         if start is not before.hidden_out:
             raise PreconditionError(
-                f"Decoder layer {after.index} starts at {after.hidden_in.name!r}, expected the "
-                f"output {before.hidden_out.name!r} of layer {before.index}. Only plain stacks "
-                "of decoder layers are supported."
+                f"Decoder layer {after.index} starts at {after.hidden_in.name!r}, expected "
+                f"the output {before.hidden_out.name!r} of layer {before.index}. Only plain "
+                "stacks of decoder layers are supported."
             )
     return layers
 
@@ -78,8 +79,8 @@ def _layer(index: int, attention: gs.Node) -> DecoderLayer:
     norm = _norm_before(attention)
     if norm is None:
         raise PreconditionError(
-            f"Decoder layer {index}: the query of {attention.name!r} does not come from a norm "
-            f"through one projection; expected {' or '.join(_NORMS)}, MatMul and, at most, a "
+            f"Decoder layer {index}: the query of {attention.name!r} does not come from a "
+            f"norm through one projection; expected {' or '.join(_NORMS)}, MatMul and, at most, a "
             "bias and a rotary embedding."
         )
     hidden_in = norm.inputs[0]
@@ -108,7 +109,8 @@ def _norm_before(attention: gs.Node) -> gs.Node | None:
         if node is not None:
             tensor = next((t for t in node.inputs if isinstance(t, gs.Variable)), tensor)
             if node.op == "Add":
-                tensor = next(t for t in node.inputs if producer_of(t, "MatMul", "Gemm"))
+                products = (t for t in node.inputs if producer_of(t, "MatMul", "Gemm"))
+                tensor = next(products, tensor)
     return producer_of(tensor, *_NORMS)
 
 

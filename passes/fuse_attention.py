@@ -23,8 +23,12 @@ import onnx_graphsurgeon as gs
 from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
 from dllava_export.passes.base import Pass
-from dllava_export.passes.graph_builder import GraphBuilder, replace_uses
-from dllava_export.passes.mask_evaluation import evaluate_mask
+from dllava_export.passes.graph_builder import GraphBuilder, replace_value
+from dllava_export.passes.mask_evaluation import (
+    evaluate_example,
+    evaluate_mask,
+    numbers_of_rows,
+)
 from dllava_export.passes.patterns import (
     constant_values,
     is_transpose,
@@ -50,23 +54,27 @@ class FuseAttentionPass(Pass):
             raise PreconditionError(
                 "No attention was recognised. Expected Attention nodes, or MatMul, Softmax, "
                 f"MatMul over [batch, heads, rows, head_dim]; found the ops {', '.join(ops)}. "
-                "Export the decoder without a KV cache, in inference mode, at opset 18 or newer."
+                "Export the decoder without a KV cache, in inference mode."
             )
 
     def apply(self, graph: gs.Graph) -> bool:
         """Rewrite every match; return True where there was one."""
         matches = [m for node in graph.nodes if (m := _match(node)) is not None]
         inputs_before = [tensor for tensor in graph.inputs if tensor.outputs]
-        checked: set[int] = set()
+        checked: set[tuple[int, bool]] = set()
+        guards: set[int] = set()
         for number, match in enumerate(matches):
-            if match.mask is not None and id(match.mask) not in checked:
-                _check_causal(graph, match)
-                checked.add(id(match.mask))
+            if match.mask is not None and (id(match.mask), match.is_causal) not in checked:
+                _check_causal(graph, match.mask, match)
+                checked.add((id(match.mask), match.is_causal))
             elif match.mask is None and not match.is_causal:
                 raise PreconditionError(
                     f"Attention {number} ({match.where}) has no mask and is not causal; "
                     "a decoder's attention must be causal. Is this an encoder?"
                 )
+            if match.is_empty_row is not None and id(match.is_empty_row) not in guards:
+                _check_never(graph, match.is_empty_row, match)
+                guards.add(id(match.is_empty_row))
             _rewrite(graph, match, number)
         if matches:
             graph.cleanup(remove_unused_graph_inputs=False)
@@ -78,7 +86,7 @@ class FuseAttentionPass(Pass):
     def ensures(self, graph: gs.Graph) -> None:
         """Nothing but the one form may be left."""
         for node in graph.nodes:
-            if node.op == "Attention" and not _is_done(node):
+            if _match(node) is not None:
                 raise PostconditionError(
                     f"Attention node {node.name!r} was not brought into the causal, "
                     "three-dimensional form."
@@ -94,6 +102,7 @@ class _Match:
     mask: gs.Tensor | None
     scale: float
     is_causal: bool
+    is_empty_row: gs.Tensor | None  # condition under which the output is replaced by zero
     output: gs.Variable  # [batch, rows, num_heads * head_dim]
 
 
@@ -104,27 +113,41 @@ def _is_done(node: gs.Node) -> bool:
 
 
 def _match(node: gs.Node) -> _Match | None:
-    if node.domain or _is_done(node):
-        return None
-    if node.op == "Attention":
-        found = _match_op(node)
-    elif node.op == "MatMul":
+    found: _Found | None = None
+    if node.op == "Attention" and not node.domain:
+        _check_plain(node)
+        found = None if _is_done(node) else _match_op(node)
+    elif node.op == "MatMul" and not node.domain:
         found = _match_softmax(node)
-    else:
-        return None
     if found is None:
         return None
-    output = _merged_heads(node.outputs[0])
+    guard = _empty_row_guard(node.outputs[0])
+    output = _merged_heads(node.outputs[0] if guard is None else guard.outputs[0])
     if output is None:
         raise PreconditionError(
             f"The output of attention {node.name!r} is not merged back to [batch, rows, "
             "hidden] by Transpose and Reshape, so the layer cannot be rewritten."
         )
     query, key, value, mask, scale, is_causal = found
-    return _Match(node.name, query, key, value, mask, scale, is_causal, output)
+    is_empty_row = guard.inputs[0] if guard is not None else None
+    return _Match(node.name, query, key, value, mask, scale, is_causal, is_empty_row, output)
 
 
 _Found = tuple[gs.Tensor, gs.Tensor, gs.Tensor, gs.Tensor | None, float, bool]
+
+
+def _check_plain(node: gs.Node) -> None:
+    """Refuse what no later pass would keep."""
+    has_past = any(not tensor.is_empty() for tensor in node.inputs[4:6])
+    has_flat_mask = _is_done(node) and any(not t.is_empty() for t in node.inputs[3:4])
+    softcap = float(node.attrs.get("softcap", 0))
+    if has_past or has_flat_mask or softcap:
+        found = "past keys" if has_past else f"softcap {softcap}" if softcap else "a mask"
+        raise PreconditionError(
+            f"Attention node {node.name!r} has {found}; expected plain causal attention. Export "
+            "the decoder without a KV cache, and attention over [batch, heads, rows, head_dim]; "
+            "capped scores are not supported."
+        )
 
 
 def _match_op(node: gs.Node) -> _Found:
@@ -137,26 +160,26 @@ def _match_op(node: gs.Node) -> _Found:
 def _match_softmax(node: gs.Node) -> _Found | None:
     """Match softmax(q k^T * scale + mask) v from its last MatMul."""
     weights, value = node.inputs
-    softmax = producer_of(_skip(weights, "Cast"), "Softmax")
+    softmax = producer_of(_without_nan_guard(_skip(weights, "Cast")), "Softmax")
     if softmax is None:
         return None
     scores, mask = _skip(softmax.inputs[0], "Cast"), None
     add = producer_of(scores, "Add")
     if add is not None:
         for product, other in unordered_inputs(add):
-            if _scaled(product)[1].op == "MatMul" if _scaled(product) else False:
+            if _scaled_product(product) is not None:
                 scores, mask = product, other
                 break
-    scaled = _scaled(scores)
-    if scaled is None or scaled[1].op != "MatMul":
+    scaled = _scaled_product(scores)
+    if scaled is None:
         return None
     scale, product_node = scaled
     query_scale, query = _unscaled(product_node.inputs[0])
     key_scale, key_t = _unscaled(product_node.inputs[1])
-    transpose = producer(key_t)
-    if not is_transpose(transpose, [0, 1, 3, 2]):
+    transposed = _before_transpose(key_t)
+    if transposed is None:
         return None
-    inner_scale, key = _unscaled(transpose.inputs[0])
+    inner_scale, key = _unscaled(transposed)
     total = scale * query_scale * key_scale * inner_scale
     return query, key, value, mask, total, False
 
@@ -164,6 +187,28 @@ def _match_softmax(node: gs.Node) -> _Found | None:
 def _skip(tensor: gs.Tensor, *ops: str) -> gs.Tensor:
     node = producer_of(tensor, *ops)
     return node.inputs[0] if node is not None else tensor
+
+
+def _without_nan_guard(tensor: gs.Tensor) -> gs.Tensor:
+    """Take off Where(IsNaN(x), 0, x), which speaks only of rows that see nothing."""
+    where = producer_of(tensor, "Where")
+    is_nan = producer_of(where.inputs[0], "IsNaN") if where is not None else None
+    if where is None or is_nan is None or is_nan.inputs[0] is not where.inputs[2]:
+        return tensor
+    return where.inputs[2] if scalar_value(where.inputs[1]) == 0 else tensor
+
+
+def _before_transpose(tensor: gs.Tensor) -> gs.Tensor | None:
+    """Return [b, h, rows, d] from its transpose [b, h, d, rows], also one by way of [b h, ...]."""
+    if is_transpose(producer(tensor), [0, 1, 3, 2]):
+        return producer(tensor).inputs[0]
+    split = producer_of(tensor, "Reshape")
+    transpose = producer(split.inputs[0]) if split is not None else None
+    if transpose is None or not is_transpose(transpose, [0, 2, 1]):
+        return None
+    merge = producer_of(transpose.inputs[0], "Reshape")
+    is_four = merge is not None and len(merge.inputs[0].shape or ()) == 4
+    return merge.inputs[0] if is_four else None
 
 
 def _unscaled(tensor: gs.Tensor) -> tuple[float, gs.Tensor]:
@@ -177,35 +222,72 @@ def _unscaled(tensor: gs.Tensor) -> tuple[float, gs.Tensor]:
     return 1.0, tensor
 
 
-def _scaled(tensor: gs.Tensor) -> tuple[float, gs.Node] | None:
+def _scaled_product(tensor: gs.Tensor) -> tuple[float, gs.Node] | None:
+    """Return (factor, MatMul node) of a matrix product times a constant, else None."""
     factor, inner = _unscaled(tensor)
-    node = producer(inner)
+    node = producer_of(inner, "MatMul")
     return (factor, node) if node is not None else None
+
+
+def _empty_row_guard(tensor: gs.Variable) -> gs.Node | None:
+    """Return the reader Where(condition, 0, tensor), None where there is no such reader."""
+    node = _only_reader(tensor)
+    if node is None or node.op != "Where" or node.inputs[2] is not tensor:
+        return None
+    return node if scalar_value(node.inputs[1]) == 0 else None
 
 
 def _merged_heads(tensor: gs.Variable) -> gs.Variable | None:
     """Follow Reshape (same shape), Transpose, Reshape; return the last one's output."""
-    node = tensor.outputs[0] if len(tensor.outputs) == 1 else None
+    node = _only_reader(tensor)
     if node is not None and node.op == "Reshape" and len(node.outputs[0].shape or ()) == 4:
-        node = node.outputs[0].outputs[0]
-    if not is_transpose(node, _TO_HEADS):
+        node = _only_reader(node.outputs[0])
+    if node is None or not is_transpose(node, _TO_HEADS):
         return None
-    merge = node.outputs[0].outputs[0]
-    while merge.op in ("Identity", "Cast"):
-        merge = merge.outputs[0].outputs[0]
-    return merge.outputs[0] if merge.op == "Reshape" else None
+    merge = _only_reader(node.outputs[0])
+    while merge is not None and merge.op in ("Identity", "Cast"):
+        merge = _only_reader(merge.outputs[0])
+    return merge.outputs[0] if merge is not None and merge.op == "Reshape" else None
 
 
-def _check_causal(graph: gs.Graph, match: _Match) -> None:
-    allowed = evaluate_mask(graph, match.mask, batch=2, rows=5)
-    expected = np.tril(np.ones((5, 5), bool))
-    if allowed.shape[-2:] != (5, 5) or not (allowed == expected).all():
+def _only_reader(tensor: gs.Variable) -> gs.Node | None:
+    return tensor.outputs[0] if len(tensor.outputs) == 1 else None
+
+
+def _check_causal(graph: gs.Graph, mask: gs.Tensor, match: _Match) -> None:
+    for rows in numbers_of_rows(graph, mask):
+        causal = np.tril(np.ones((rows, rows), bool))
+        allowed = evaluate_mask(graph, mask, batch=2, rows=rows)
+        if match.is_causal:
+            allowed = allowed & causal
+        if allowed.shape[-2:] == causal.shape and (allowed == causal).all():
+            continue
         raise PreconditionError(
-            f"The mask {match.mask.name!r} of attention {match.where!r} is not causal: for 5 "
-            f"rows it allows\n{allowed.reshape(-1, *allowed.shape[-2:])[0].astype(int)}\n"
-            "where a lower triangle was expected. Sliding windows and prefix masks are not "
-            "supported; a decoder with a KV cache must be exported without it."
+            f"The mask {mask.name!r} of attention {match.where!r} is not causal: with {rows} "
+            f"rows {_first_difference(allowed, causal)}. Sliding windows, prefix masks and "
+            "attention in both directions are not supported; export a decoder with a KV cache "
+            "without it."
         )
+
+
+def _check_never(graph: gs.Graph, condition: gs.Tensor, match: _Match) -> None:
+    """Refuse to drop a Where that replaces attention of rows which do see something."""
+    if evaluate_example(graph, condition, batch=2, rows=5).any():
+        raise PreconditionError(
+            f"The output of attention {match.where!r} is set to zero where {condition.name!r} "
+            "holds, and without padding it does. Expected a guard for rows that see nothing."
+        )
+
+
+def _first_difference(allowed: np.ndarray, causal: np.ndarray) -> str:
+    if allowed.shape[-2:] != causal.shape:
+        return (
+            f"its shape is {list(allowed.shape)}, expected [..., {len(causal)}, {len(causal)}]"
+        )
+    *_, row, _ = np.argwhere(allowed != causal)[0]
+    columns = np.flatnonzero(allowed.reshape(-1, *causal.shape)[:, row].any(axis=0))
+    seen = f"rows {columns[0]} to {columns[-1]}" if len(columns) else "no row"
+    return f"row {row} sees {seen}, expected rows 0 to {row}"
 
 
 def _rewrite(graph: gs.Graph, match: _Match, number: int) -> None:
@@ -228,7 +310,7 @@ def _rewrite(graph: gs.Graph, match: _Match, number: int) -> None:
         kv_num_heads=kv_num_heads,
         scale=match.scale,
     )
-    replace_uses(match.output, output)
+    replace_value(graph, match.output, output)
 
 
 def _without_repeat(tensor: gs.Tensor) -> gs.Tensor:
@@ -236,25 +318,23 @@ def _without_repeat(tensor: gs.Tensor) -> gs.Tensor:
     reshape = producer_of(tensor, "Reshape")
     expand = producer_of(reshape.inputs[0], "Expand") if reshape is not None else None
     unsqueeze = producer_of(expand.inputs[0], "Unsqueeze") if expand is not None else None
-    if unsqueeze is None:
+    axes = constant_values(unsqueeze.inputs[1]) if unsqueeze is not None else None
+    if unsqueeze is None or axes is None or list(axes.reshape(-1)) != [2]:
         return tensor
-    axes = constant_values(unsqueeze.inputs[1])
-    return (
-        unsqueeze.inputs[0] if axes is not None and list(axes.reshape(-1)) == [2] else tensor
-    )
+    return unsqueeze.inputs[0]
 
 
 def _rows_first(builder: GraphBuilder, tensor: gs.Tensor, what: str) -> gs.Tensor:
     """Return the [batch, rows, heads * head_dim] form of a [batch, heads, rows, head_dim] one.
 
     Raises:
-        PreconditionError: If the tensor does not come from Reshape and Transpose, rotated or not.
+        PreconditionError: If it does not come from Reshape and Transpose, rotated or not.
     """
     rotary = producer_of(tensor, "RotaryEmbedding")
     heads = rotary.inputs[0] if rotary is not None else tensor
     transpose = producer(heads)
     reshape = producer_of(transpose.inputs[0], "Reshape") if transpose is not None else None
-    if not is_transpose(transpose, _TO_HEADS) or reshape is None:
+    if reshape is None or not is_transpose(transpose, _TO_HEADS):
         raise PreconditionError(
             f"The {what} of {builder.scope} is computed by "
             f"{transpose.op if transpose is not None else 'a graph input'} "

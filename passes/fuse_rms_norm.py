@@ -14,8 +14,9 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
+from dllava_export.errors import PostconditionError
 from dllava_export.passes.base import Pass
-from dllava_export.passes.graph_builder import GraphBuilder, replace_uses
+from dllava_export.passes.graph_builder import GraphBuilder, replace_value
 from dllava_export.passes.patterns import (
     constant_values,
     producer_of,
@@ -45,9 +46,14 @@ class FuseRMSNormPass(Pass):
                 epsilon=match.epsilon,
                 stash_type=1,
             )
-            replace_uses(match.output, normed)
-            _replace_output(graph, match.output, normed)
+            replace_value(graph, match.output, normed)
         return bool(matches)
+
+    def ensures(self, graph: gs.Graph) -> None:
+        """No match may be left."""
+        for node in graph.nodes:
+            if _match(node) is not None:
+                raise PostconditionError(f"The RMSNorm at {node.name!r} was left.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +83,12 @@ def _match_scaled(tensor: gs.Tensor) -> tuple[gs.Tensor, float] | None:
     multiply = producer_of(tensor, "Mul")
     if multiply is not None:
         for x, factor in unordered_inputs(multiply):
-            reciprocal = producer_of(factor, "Reciprocal")
-            root = reciprocal.inputs[0] if reciprocal is not None else factor
-            epsilon = _match_root(root, x) if reciprocal is not None else None
+            reciprocal = producer_of(factor, "Reciprocal", "Div")
+            if reciprocal is None:
+                continue
+            if reciprocal.op == "Div" and scalar_value(reciprocal.inputs[0]) != 1:
+                continue
+            epsilon = _match_root(reciprocal.inputs[-1], x)
             if epsilon is not None:
                 return _skip_cast(x), epsilon
     divide = producer_of(tensor, "Div")
@@ -124,10 +133,3 @@ def _is_square_of(tensor: gs.Tensor, x: gs.Tensor) -> bool:
 def _skip_cast(tensor: gs.Tensor) -> gs.Tensor:
     cast = producer_of(tensor, "Cast")
     return cast.inputs[0] if cast is not None else tensor
-
-
-def _replace_output(graph: gs.Graph, old: gs.Variable, new: gs.Variable) -> None:
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            new.name, old.name = old.name, f"{old.name}/unfused"
-            graph.outputs[index] = new

@@ -17,9 +17,15 @@ import dataclasses
 
 import onnx_graphsurgeon as gs
 
+from dllava_export.errors import PostconditionError
 from dllava_export.passes.base import Pass
-from dllava_export.passes.graph_builder import GraphBuilder, replace_uses
-from dllava_export.passes.patterns import constant_values, producer_of, unordered_inputs
+from dllava_export.passes.graph_builder import GraphBuilder, replace_value
+from dllava_export.passes.patterns import (
+    constant_values,
+    producer_of,
+    scalar_value,
+    unordered_inputs,
+)
 
 __all__ = ["FuseRotaryEmbeddingPass"]
 
@@ -43,8 +49,14 @@ class FuseRotaryEmbeddingPass(Pass):
                 match.output.shape,
                 interleaved=0,
             )
-            replace_uses(match.output, rotated)
+            replace_value(graph, match.output, rotated)
         return bool(matches)
+
+    def ensures(self, graph: gs.Graph) -> None:
+        """No match may be left."""
+        for node in graph.nodes:
+            if _match(node) is not None:
+                raise PostconditionError(f"The rotary embedding at {node.name!r} was left.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +101,11 @@ def _is_half_rotation(tensor: gs.Tensor, x: gs.Tensor) -> bool:
     ):
         return False
     if first.op == "Split":
-        return first is second and first.outputs[0] is concat.inputs[1]
+        return (
+            first is second
+            and first.outputs[0] is concat.inputs[1]
+            and first.outputs[0].shape == first.outputs[1].shape
+        )
     begin, half = constant_values(first.inputs[1]), constant_values(first.inputs[2])
     start = constant_values(second.inputs[1])
     return (
@@ -104,13 +120,30 @@ def _is_half_rotation(tensor: gs.Tensor, x: gs.Tensor) -> bool:
 
 
 def _table(tensor: gs.Tensor) -> gs.Tensor | None:
-    """Return the [batch, rows, head_dim] table below an Unsqueeze at axis 1, else None."""
+    """Return the [batch, rows, head_dim] table below an Unsqueeze at axis 1, else None.
+
+    Its halves must be equal, as the op takes one of them.
+    """
     unsqueeze = producer_of(tensor, "Unsqueeze")
     if unsqueeze is None:
         return None
     axes = constant_values(unsqueeze.inputs[1])
     is_head_axis = axes is not None and list(axes.reshape(-1)) == [1]
-    return unsqueeze.inputs[0] if is_head_axis else None
+    table = unsqueeze.inputs[0]
+    return table if is_head_axis and _has_equal_halves(table) else None
+
+
+def _has_equal_halves(table: gs.Tensor) -> bool:
+    """True for an elementwise function of concat(x, x), and for rows of such a constant."""
+    node = producer_of(table, "Cos", "Sin", "Cast", "Identity", "Mul", "Gather")
+    if node is not None and (node.op != "Mul" or scalar_value(node.inputs[1]) is not None):
+        return _has_equal_halves(node.inputs[0])
+    values = constant_values(table)
+    if values is not None and values.ndim > 0:
+        half = values.shape[-1] // 2
+        return bool((values[..., :half] == values[..., half:]).all())
+    concat = producer_of(table, "Concat")
+    return concat is not None and len({id(tensor) for tensor in concat.inputs}) == 1
 
 
 def _half(

@@ -1,7 +1,8 @@
 """Compute logits for the last valid row of each sample only.
 
 Before:  last layer ► norm ► lm_head ► logits [batch, rows, vocab_size]
-After:   last layer ► GatherLastToken(row_lengths) ► norm ► lm_head ► logits [batch, vocab_size]
+After:   last layer ► GatherLastToken(row_lengths) ► norm ► lm_head ► Squeeze ► logits
+         [batch, vocab_size]
 
 Adds the input `token_kind`, whose non-zero rows are counted as `row_lengths` [batch].
 
@@ -21,6 +22,8 @@ from dllava_export.errors import PostconditionError
 from dllava_export.passes.base import Pass
 from dllava_export.passes.decoder_layers import find_decoder_layers, find_final_logits
 from dllava_export.passes.graph_builder import GraphBuilder, find_input, replace_uses
+from dllava_export.passes.patterns import descendants
+from dllava_export.passes.row_selection import set_num_rows
 
 __all__ = ["GatherLastRowPass", "row_lengths"]
 
@@ -58,6 +61,7 @@ class GatherLastRowPass(Pass):
         graph.outputs.remove(logits)
         vocab_size = logits.shape[-1]
         logits.name, logits.shape = "last_row/logits", [names.BATCH, 1, vocab_size]
+        set_num_rows(descendants(gathered), hidden.shape[1], 1)
         squeezed = builder.op(
             "Squeeze",
             [logits, builder.ints(1)],

@@ -13,7 +13,14 @@ from dllava_export import names
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["GraphBuilder", "Shape", "find_input", "replace_uses"]
+__all__ = [
+    "GraphBuilder",
+    "Shape",
+    "find_input",
+    "find_output",
+    "replace_uses",
+    "replace_value",
+]
 
 Shape = Sequence[int | str]
 
@@ -112,10 +119,24 @@ def find_input(graph: gs.Graph, name: str) -> gs.Variable | None:
     return next((tensor for tensor in graph.inputs if tensor.name == name), None)
 
 
+def find_output(graph: gs.Graph, name: str) -> gs.Variable | None:
+    """Return the graph output of that name, or None."""
+    return next((tensor for tensor in graph.outputs if tensor.name == name), None)
+
+
+def replace_value(graph: gs.Graph, old: gs.Variable, new: gs.Variable) -> None:
+    """Let everything read `new` instead of `old`; a graph output keeps its name."""
+    replace_uses(old, new)
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            new.name, old.name = old.name, f"{old.name}/replaced"
+            graph.outputs[index] = new
+
+
 def replace_uses(
     old: gs.Tensor, new: gs.Tensor, nodes: Sequence[gs.Node] | None = None
 ) -> int:
-    """Let consumers of `old` read `new`; only those in `nodes` where given. Return the count."""
+    """Let consumers of `old`, or those among `nodes`, read `new`; return the count."""
     allowed = None if nodes is None else {id(node) for node in nodes}
     count = 0
     for node in list(old.outputs):

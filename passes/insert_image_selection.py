@@ -30,7 +30,12 @@ from dllava_export.passes.gather_last_row import row_lengths
 from dllava_export.passes.graph_builder import GraphBuilder, find_input
 from dllava_export.passes.insert_kv_cache import insert_next_write_index
 from dllava_export.passes.patterns import producer
-from dllava_export.passes.policies import ImageRows, PredictorWeights, insert_image_scores
+from dllava_export.passes.policies import (
+    IMAGE_POLICIES,
+    ImageRows,
+    PredictorWeights,
+    insert_image_scores,
+)
 from dllava_export.passes.row_selection import (
     insert_row_selection,
     insert_select_tokens,
@@ -54,6 +59,12 @@ class InsertImageSelectionPass(Pass):
     sparse_layer: int
     weights: PredictorWeights | None = dataclasses.field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.policy not in IMAGE_POLICIES:
+            raise ValueError(
+                f"policy must be one of {', '.join(IMAGE_POLICIES)}, got {self.policy!r}."
+            )
+
     def requires(self, graph: gs.Graph) -> None:
         """Row kinds and positions must be inputs; the layer must exist."""
         for name in (names.TOKEN_KIND, names.POSITION_IDS):
@@ -64,14 +75,14 @@ class InsertImageSelectionPass(Pass):
         num_layers = len(find_decoder_layers(graph))
         if not 1 <= self.sparse_layer < num_layers:
             raise PreconditionError(
-                f"sparse_layer must be in 1..{num_layers - 1} for this decoder of {num_layers} "
-                f"layers, got {self.sparse_layer}."
+                f"sparse_layer must be in 1..{num_layers - 1} for this decoder of "
+                f"{num_layers} layers, got {self.sparse_layer}."
             )
         present = find_image_selection(graph)
         if present is not None and present.scope != self._scope:
             raise PreconditionError(
-                f"The decoder is already sparse ({present.scope}), and {self._scope} was asked "
-                "for. Start from a dense decoder."
+                f"The decoder is already sparse ({present.scope}), and {self._scope} was "
+                "asked for. Start from a dense decoder."
             )
 
     @property
@@ -118,7 +129,8 @@ class InsertImageSelectionPass(Pass):
             node = layer.attention
             for tensor in (*node.inputs[3:5], *node.outputs[1:3]):
                 tensor.shape = [
-                    names.CAPACITY_SPARSE if d == names.CAPACITY_FULL else d for d in tensor.shape
+                    names.CAPACITY_SPARSE if d == names.CAPACITY_FULL else d
+                    for d in tensor.shape
                 ]
 
     def ensures(self, graph: gs.Graph) -> None:
@@ -126,7 +138,9 @@ class InsertImageSelectionPass(Pass):
         layer = find_decoder_layers(graph)[self.sparse_layer]
         gather = producer(layer.hidden_in)
         if gather is None or gather.op != "GatherTokens":
-            raise PostconditionError(f"Decoder layer {self.sparse_layer} does not read kept rows.")
+            raise PostconditionError(
+                f"Decoder layer {self.sparse_layer} does not read kept rows."
+            )
         for later in find_decoder_layers(graph)[self.sparse_layer :]:
             inputs = {tensor.name for tensor in later.attention.inputs}
             if names.WRITE_INDEX_FULL in inputs:

@@ -22,10 +22,14 @@ from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
 from dllava_export.passes.base import Pass
 from dllava_export.passes.decoder_layers import find_decoder_layers
-from dllava_export.passes.graph_builder import GraphBuilder, find_input
+from dllava_export.passes.graph_builder import GraphBuilder, find_input, find_output
 from dllava_export.passes.insert_image_selection import find_image_selection
 from dllava_export.passes.patterns import descendants, producer
-from dllava_export.passes.policies import PredictorWeights, insert_text_decision
+from dllava_export.passes.policies import (
+    PredictorWeights,
+    check_text_policy,
+    insert_text_decision,
+)
 
 __all__ = ["InsertKeepBitPass"]
 
@@ -45,27 +49,23 @@ class InsertKeepBitPass(Pass):
     weights: PredictorWeights | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_rate < 1:
-            raise ValueError(f"keep_rate must be in (0, 1), got {self.keep_rate}.")
-        if self.policy not in ("predictor", "random", "uniform"):
-            raise ValueError(
-                f"policy {self.policy!r} has no decision for a single token; "
-                "expected predictor, random or uniform."
-            )
+        check_text_policy(self.policy, self.keep_rate)
 
     def requires(self, graph: gs.Graph) -> None:
         """The sparse cache group must exist."""
         if find_input(graph, names.WRITE_INDEX_SPARSE) is None:
             raise PreconditionError(
-                f"The graph has no input {names.WRITE_INDEX_SPARSE!r}: insert the KV cache and "
-                "the image selection first."
+                f"The graph has no input {names.WRITE_INDEX_SPARSE!r}: insert the KV cache "
+                "and the image selection first."
             )
 
     def apply(self, graph: gs.Graph) -> bool:
         """Insert the decision; return False where `keep` is an output already."""
-        if _output(graph, names.KEEP) is not None:
+        if find_output(graph, names.KEEP) is not None:
             return False
-        layer = find_image_selection(graph).layer
+        selection = find_image_selection(graph)
+        assert selection is not None  # it added the input that `requires` looked for
+        layer = selection.layer
         hidden = find_decoder_layers(graph)[layer].hidden_in
         builder = GraphBuilder(graph, f"layers.{layer}/keep_bit/{self.policy}")
         keep, is_dropped = self._insert_decision(graph, builder, hidden)
@@ -74,8 +74,9 @@ class InsertKeepBitPass(Pass):
         stored = builder.op(
             "Where", [is_dropped, none, kept_lengths], "num_stored", np.int64, [names.BATCH]
         )
-        cap = producer(_output(graph, names.NEXT_WRITE_INDEX_SPARSE))
-        advance = producer(cap.inputs[0])
+        cap = producer(find_output(graph, names.NEXT_WRITE_INDEX_SPARSE))
+        advance = producer(cap.inputs[0]) if cap is not None else None
+        assert advance is not None  # as InsertImageSelectionPass made them
         advance.inputs = [stored if t is kept_lengths else t for t in advance.inputs]
         builder.graph_output(keep, names.KEEP)
         return True
@@ -95,7 +96,9 @@ class InsertKeepBitPass(Pass):
             builder, self.policy, last, last_position, self.keep_rate, self.weights
         )
         generated = builder.scalar(names.GENERATED_TEXT, np.int64)
-        is_generated = builder.op("Equal", [last_kind, generated], "is_generated", bool, column)
+        is_generated = builder.op(
+            "Equal", [last_kind, generated], "is_generated", bool, column
+        )
         is_lost = builder.op("Not", [decision], "is_rejected", bool, column)
         dropped = builder.op("And", [is_generated, is_lost], "dropped", bool, column)
         is_dropped = builder.op(
@@ -105,10 +108,12 @@ class InsertKeepBitPass(Pass):
 
     def ensures(self, graph: gs.Graph) -> None:
         """The write index must depend on the decision."""
-        keep = _output(graph, names.KEEP)
-        index = _output(graph, names.NEXT_WRITE_INDEX_SPARSE)
-        dropped = producer(keep).inputs[0]
-        if not any(node is producer(index) for node in descendants(dropped)):
+        keep = find_output(graph, names.KEEP)
+        inverted = producer(keep) if keep is not None else None
+        if inverted is None:
+            raise PostconditionError(f"The graph has no output {names.KEEP!r}.")
+        writer = producer(find_output(graph, names.NEXT_WRITE_INDEX_SPARSE))
+        if not any(node is writer for node in descendants(inverted.inputs[0])):
             raise PostconditionError(f"{names.NEXT_WRITE_INDEX_SPARSE} ignores the keep bit.")
 
 
@@ -116,7 +121,3 @@ def _last_row(builder: GraphBuilder, tensor: gs.Variable, what: str) -> gs.Varia
     shape = [tensor.shape[0], 1, *tensor.shape[2:]]
     limits = builder.ints(-1), builder.ints(np.iinfo(np.int64).max), builder.ints(1)
     return builder.op("Slice", [tensor, *limits], f"last_{what}", tensor.dtype, shape)
-
-
-def _output(graph: gs.Graph, name: str) -> gs.Variable | None:
-    return next((tensor for tensor in graph.outputs if tensor.name == name), None)

@@ -4,8 +4,8 @@ Before:  q, k, v ► Attention(is_causal=1)
 After:   q, k, v, past, write_index_full ► KVCacheAttention ► output, present
 
 Adds `past_key_values.{i}.key/.value`, `present.{i}.key/.value` [batch, num_kv_heads,
-capacity_full, head_dim], `write_index_full` and `next_write_index_full` [batch] int64. The last
-cache row is a spare: a sample that must not grow writes there, never out of range.
+capacity_full, head_dim], `write_index_full` and `next_write_index_full` [batch] int64. The
+last cache row is a spare: a sample that must not grow writes there, never out of range.
 
 Requires  decoder layers; `GatherLastRowPass` has run (it counts the valid rows).
 Ensures   no attention without a cache.
@@ -99,7 +99,7 @@ def _insert(
         domain=names.DOMAIN,
         num_heads=int(old.attrs["q_num_heads"]),
         kv_num_heads=num_kv_heads,
-        scale=float(old.attrs["scale"]),
+        scale=float(old.attrs.get("scale") or head_dim**-0.5),
     )
     for part, tensor in zip(("key", "value"), present, strict=True):
         builder.graph_output(tensor, names.present(layer.index, part))

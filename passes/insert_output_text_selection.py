@@ -23,9 +23,13 @@ from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
 from dllava_export.passes.base import Pass
 from dllava_export.passes.decoder_layers import find_decoder_layers
-from dllava_export.passes.graph_builder import GraphBuilder, find_input
+from dllava_export.passes.graph_builder import GraphBuilder, find_input, find_output
 from dllava_export.passes.insert_image_selection import ImageSelection, find_image_selection
-from dllava_export.passes.policies import PredictorWeights, insert_text_decision
+from dllava_export.passes.policies import (
+    PredictorWeights,
+    check_text_policy,
+    insert_text_decision,
+)
 from dllava_export.passes.row_selection import (
     insert_row_selection,
     insert_select_tokens,
@@ -51,6 +55,9 @@ class InsertOutputTextSelectionPass(Pass):
     keep_rate: float
     weights: PredictorWeights | None = dataclasses.field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        check_text_policy(self.policy, self.keep_rate)
+
     def requires(self, graph: gs.Graph) -> None:
         """The image selection must be there, and no cache."""
         if find_image_selection(graph) is None:
@@ -62,9 +69,10 @@ class InsertOutputTextSelectionPass(Pass):
 
     def apply(self, graph: gs.Graph) -> bool:
         """Insert the selection; return False where it is there already."""
-        if any(tensor.name == names.NUM_ROWS for tensor in graph.outputs):
+        if find_output(graph, names.NUM_ROWS) is not None:
             return False
         selection = find_image_selection(graph)
+        assert selection is not None  # `requires` looked for it
         hidden = find_decoder_layers(graph)[selection.layer].hidden_in
         region = region_from(graph, hidden)
         builder = GraphBuilder(graph, f"layers.{selection.layer}/select_text/{self.policy}")
@@ -84,7 +92,7 @@ class InsertOutputTextSelectionPass(Pass):
 
     def ensures(self, graph: gs.Graph) -> None:
         """The number of rows must be reported."""
-        if not any(tensor.name == names.NUM_ROWS for tensor in graph.outputs):
+        if find_output(graph, names.NUM_ROWS) is None:
             raise PostconditionError(f"The graph has no output {names.NUM_ROWS!r}.")
 
 
@@ -127,12 +135,16 @@ def _candidates(
     is_before_last = builder.op("Less", [slots, last], "is_before_last", bool, shape)
     generated = builder.scalar(names.GENERATED_TEXT, np.int64)
     is_generated = builder.op("Equal", [kinds, generated], "is_generated", bool, shape)
-    is_candidate = builder.op("And", [is_generated, is_before_last], "is_candidate", bool, shape)
+    is_candidate = builder.op(
+        "And", [is_generated, is_before_last], "is_candidate", bool, shape
+    )
     padding = builder.scalar(names.PADDING, np.int64)
     text = builder.scalar(names.PROMPT_TEXT, np.int64)
     ranked = builder.scalar(names.IMAGE, np.int64)
     fixed = builder.op("Where", [is_valid, text, padding], "fixed_kind", np.int64, shape)
-    return builder.op("Where", [is_candidate, ranked, fixed], "kinds", np.int64, shape), is_candidate
+    return builder.op(
+        "Where", [is_candidate, ranked, fixed], "kinds", np.int64, shape
+    ), is_candidate
 
 
 def _kept_lengths(

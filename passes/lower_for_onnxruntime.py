@@ -4,7 +4,7 @@ Before:  KVCacheAttention(q, k, v, past, write_index, row_lengths)
 After:   com.microsoft::GroupQueryAttention with past and present in one buffer, whose cost
          follows the valid rows instead of the capacity
 Before:  MatMul(x, Transpose(weight))
-After:   com.microsoft::FusedMatMul(x, weight, transB=1), which reads the weight as it is stored
+After:   com.microsoft::FusedMatMul(x, weight, transB=1), which reads the weight as stored
 
 Requires  nothing.
 Ensures   no KVCacheAttention is left.
@@ -56,7 +56,7 @@ class LowerForOnnxRuntimePass(Pass):
 
 
 def _reads_stored_weight(node: gs.Node) -> bool:
-    """True for a float32 MatMul with a transposed weight (the fused op has no float16 kernel)."""
+    """True for a float32 MatMul by a transposed weight (there is no fused float16 kernel)."""
     if node.op != "MatMul" or node.domain:
         return False
     transpose = producer(node.inputs[1])
@@ -82,7 +82,9 @@ def _sequence_lengths(
     end = builder.op("Add", [write_index, fed], "end", np.int64, batch)
     last = builder.op("Sub", [end, one], "last", np.int64, batch)
     seqlens = builder.op("Cast", [last], "seqlens_k", np.int32, batch, to=6)
-    total = builder.op("ReduceMax", [end, builder.ints(0)], "longest", np.int64, [1], keepdims=1)
+    total = builder.op(
+        "ReduceMax", [end, builder.ints(0)], "longest", np.int64, [1], keepdims=1
+    )
     return seqlens, builder.op("Cast", [total], "total", np.int32, [1], to=6)
 
 

@@ -7,9 +7,29 @@ import onnx_graphsurgeon as gs
 
 from dllava_export.errors import PreconditionError
 from dllava_export.passes.graph_io import model_from_graph
-from dllava_export.passes.patterns import constant_values, producer
+from dllava_export.passes.patterns import constant_values, producer, scalar_value
 
-__all__ = ["evaluate_mask"]
+__all__ = ["evaluate_example", "evaluate_mask", "numbers_of_rows"]
+
+_FEW_ROWS, _MOST_ROWS = 5, 8192
+_COMPARING_OPS = ("Add", "Sub", "Less", "LessOrEqual", "Greater", "GreaterOrEqual")
+
+
+def numbers_of_rows(graph: gs.Graph, mask: gs.Tensor) -> list[int]:
+    """Return numbers of rows at which a mask shows what it is.
+
+    A few rows tell causal from bidirectional. A sliding window shows only beyond its width,
+    which the sub-graph holds as an integer; widths up to 8190 rows are looked for.
+    """
+    counts = {_FEW_ROWS}
+    for node in _cut_out(graph, mask).nodes:
+        if node.op not in _COMPARING_OPS:
+            continue
+        for tensor in node.inputs:
+            value = scalar_value(tensor)
+            if value is not None and np.issubdtype(tensor.dtype, np.integer):
+                counts.add(int(abs(value)) + 2)
+    return sorted(count for count in counts if _FEW_ROWS <= count <= _MOST_ROWS)
 
 
 def evaluate_mask(graph: gs.Graph, mask: gs.Tensor, *, batch: int, rows: int) -> np.ndarray:
@@ -28,15 +48,25 @@ def evaluate_mask(graph: gs.Graph, mask: gs.Tensor, *, batch: int, rows: int) ->
     Raises:
         PreconditionError: If the mask depends on weights.
     """
-    values = constant_values(mask)
-    if values is None:
-        values = _run(_cut_out(graph, mask), batch, rows)
+    values = evaluate_example(graph, mask, batch=batch, rows=rows)
     return values if values.dtype == bool else values > -1
+
+
+def evaluate_example(
+    graph: gs.Graph, tensor: gs.Tensor, *, batch: int, rows: int
+) -> np.ndarray:
+    """Return a value that depends on no weight, for a batch without padding.
+
+    Raises:
+        PreconditionError: If the value depends on weights.
+    """
+    values = constant_values(tensor)
+    return _run(_cut_out(graph, tensor), batch, rows) if values is None else values
 
 
 def _cut_out(graph: gs.Graph, mask: gs.Tensor) -> gs.Graph:
     nodes: dict[int, gs.Node] = {}
-    pending = [producer(mask)]
+    pending = [producer(mask)]  # none where the mask is a constant or an input
     while pending:
         node = pending.pop()
         if node is None or id(node) in nodes:

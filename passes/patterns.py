@@ -52,7 +52,9 @@ def unordered_inputs(node: gs.Node) -> list[tuple[gs.Tensor, gs.Tensor]]:
 
 def is_transpose(node: gs.Node | None, perm: list[int]) -> bool:
     """True for a Transpose with exactly this permutation."""
-    return node is not None and node.op == "Transpose" and list(node.attrs["perm"]) == perm
+    if node is None or node.op != "Transpose":
+        return False
+    return list(node.attrs.get("perm", reversed(range(len(perm))))) == perm
 
 
 def descendants(tensor: gs.Tensor) -> list[gs.Node]:

@@ -1,7 +1,7 @@
-"""Policies: sub-graphs that score rows. Higher is kept; which rows compete is not decided here.
+"""Policies: sub-graphs that score rows. Higher is kept; who competes is not decided here.
 
-`predictor` is Dynamic-LLaVA's trained pair. The others need no weights: `random` (a hash of the
-position, so that runs repeat), `uniform` (evenly spaced) and `norm` (length of the hidden
+`predictor` is Dynamic-LLaVA's trained pair. The others need no weights: `random` (a hash of
+the position, so that runs repeat), `uniform` (evenly spaced) and `norm` (length of the hidden
 state). All arithmetic is float32 or integer in every precision: a near-tie decides what stays.
 
 Source: Dynamic-LLaVA, `VisionPredictor` and `TextPredictor`; the others are baselines.
@@ -21,7 +21,18 @@ from dllava_export import names
 from dllava_export.errors import PreconditionError
 from dllava_export.passes.graph_builder import GraphBuilder
 
-__all__ = ["ImageRows", "PredictorWeights", "insert_image_scores", "insert_text_decision"]
+__all__ = [
+    "IMAGE_POLICIES",
+    "TEXT_POLICIES",
+    "ImageRows",
+    "PredictorWeights",
+    "check_text_policy",
+    "insert_image_scores",
+    "insert_text_decision",
+]
+
+IMAGE_POLICIES = ("predictor", "random", "uniform", "norm")
+TEXT_POLICIES = ("predictor", "random", "uniform")
 
 _F32 = np.float32
 _NORM_EPSILON = 1e-5  # PyTorch's default, which the official modules use
@@ -102,6 +113,21 @@ def insert_image_scores(
     if policy == "uniform":
         return _uniform_image_scores(builder, rows)
     return _norm_scores(builder, rows.hidden_states)
+
+
+def check_text_policy(policy: str, keep_rate: float) -> None:
+    """Check the settings of passes that decide about generated tokens.
+
+    Raises:
+        ValueError: If the policy has no decision for a single token, or the rate is no share.
+    """
+    if not 0 < keep_rate < 1:
+        raise ValueError(f"keep_rate must be in (0, 1), got {keep_rate}.")
+    if policy not in TEXT_POLICIES:
+        raise ValueError(
+            f"policy {policy!r} has no decision for a single token; expected one of "
+            f"{', '.join(TEXT_POLICIES)}."
+        )
 
 
 def insert_text_decision(
@@ -298,14 +324,14 @@ def _image_row_indices(builder: GraphBuilder, token_kind: gs.Variable) -> gs.Var
 
 
 class _ImagePredictor:
-    """Writes Dynamic-LLaVA's image predictor: [batch, n, hidden_size] to logits [batch, n, 2]."""
+    """Writes Dynamic-LLaVA's image predictor: [batch, n, hidden_size] to [batch, n, 2]."""
 
     def __init__(self, builder: GraphBuilder, weights: PredictorWeights) -> None:
         self.builder = builder
         self.weights = weights
 
     def logits(self, hidden: gs.Variable) -> gs.Variable:
-        """Project down, mix image rows in blocks, join local and global halves, project out."""
+        """Project down, mix rows in blocks, join local and global halves, project out."""
         builder = self.builder
         x = builder.op("Cast", [hidden], "hidden_f32", _F32, hidden.shape, to=1)
         x = self._gelu(self._linear(self._norm(x, "down_mlp.0"), "down_mlp.1"), "down")
@@ -350,7 +376,6 @@ class _ImagePredictor:
 
     def _block(self, x: gs.Variable, name: str) -> gs.Variable:
         builder = self.builder
-        width = x.shape[-1]
         qkv = self._linear(self._norm(x, f"{name}.norm1"), f"{name}.attn.qkv", bias=False)
         parts = builder.multi_op(
             "Split",

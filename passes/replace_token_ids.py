@@ -58,7 +58,7 @@ class ReplaceTokenIdsPass(Pass):
         for node in list(input_ids.outputs):  # readers of its shape
             if node.op == "Shape":
                 replace_uses(input_ids, inputs_embeds, [node])
-                node.attrs.setdefault("end", 2)
+                _keep_to_two_axes(node)
         graph.inputs[graph.inputs.index(input_ids)] = inputs_embeds
         return True
 
@@ -69,6 +69,13 @@ class ReplaceTokenIdsPass(Pass):
             raise PostconditionError(
                 "input_ids is still read after the embedding was replaced."
             )
+
+
+def _keep_to_two_axes(shape: gs.Node) -> None:
+    """Let a Shape node that read [batch, rows] ignore the third axis of embeddings."""
+    for limit, default in (("start", 0), ("end", 2)):
+        value = int(shape.attrs.get(limit, default))
+        shape.attrs[limit] = value + 2 if value < 0 else value
 
 
 def token_embedding(graph: gs.Graph) -> gs.Constant | None:
@@ -82,7 +89,7 @@ def _embedding_gather(graph: gs.Graph) -> gs.Node:
     input_ids = find_input(graph, _INPUT_IDS)
     readers = list(input_ids.outputs) if input_ids is not None else []
     gathers = [n for n in readers if n.op == "Gather" and isinstance(n.inputs[0], gs.Constant)]
-    others = [n for n in readers if n.op not in ("Gather", "Shape")]
+    others = [n for n in readers if n.op != "Shape" and not any(n is g for g in gathers)]
     if len(gathers) != 1 or others:
         raise PreconditionError(
             f"The decoder has neither the input {names.INPUTS_EMBEDS!r} nor an input "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,7 +13,13 @@ from dllava_export.errors import PreconditionError
 from dllava_export.passes.graph_builder import GraphBuilder, replace_uses
 from dllava_export.passes.patterns import descendants
 
-__all__ = ["RowRegion", "insert_row_selection", "insert_select_tokens", "region_from"]
+__all__ = [
+    "RowRegion",
+    "insert_row_selection",
+    "insert_select_tokens",
+    "region_from",
+    "set_num_rows",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,7 @@ def insert_row_selection(
                 f"{num_rows!r}. The layers must not depend on shapes or masks of the whole "
                 "sequence; run the fusing passes first."
             )
-    _rename_rows(region.nodes, num_rows, str(kept_indices.shape[1]))
+    set_num_rows(region.nodes, num_rows, kept_indices.shape[1])
     return kept_hidden
 
 
@@ -99,8 +106,8 @@ def _gather(
     )
 
 
-def _rename_rows(nodes: tuple[gs.Node, ...], old: int | str, new: str) -> None:
-    """Values inside the region have another number of rows from now on."""
+def set_num_rows(nodes: Iterable[gs.Node], old: int | str, new: int | str) -> None:
+    """Note on what nodes put out that axis 1 has another number of rows from now on."""
     for node in nodes:
         for tensor in node.outputs:
             if tensor.shape is not None and len(tensor.shape) > 1 and tensor.shape[1] == old:

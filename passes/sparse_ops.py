@@ -60,7 +60,7 @@ GatherTokens <plugin_namespace, plugin_version> (data, kept_indices) => (kept)
 }
 """
 
-# data [batch, rows, ...]; row_lengths [batch] int64, valid rows -> [batch, 1, ...], the last one.
+# data [batch, rows, ...]; row_lengths [batch] int64 -> [batch, 1, ...], the last valid row.
 _GATHER_LAST_TOKEN = """
 GatherLastToken <plugin_namespace, plugin_version> (data, row_lengths) => (last_row)
 {
@@ -86,8 +86,9 @@ _LINEAR = """
 """
 _PREDICTOR_HEAD = (
     """
-PredictorHead <epsilon, plugin_namespace, plugin_version> (hidden_states, norm_weight, norm_bias,
-    weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, weight_4, bias_4) => (scores, keep)
+PredictorHead <epsilon, plugin_namespace, plugin_version>
+    (hidden_states, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3,
+     weight_4, bias_4) => (scores, keep)
 {
     hidden_f32 = Cast <to = 1> (hidden_states)
     norm_weight_f32 = Cast <to = 1> (norm_weight)
@@ -112,9 +113,10 @@ PredictorHead <epsilon, plugin_namespace, plugin_version> (hidden_states, norm_w
 """
 )
 
-# query [batch, rows, num_heads * head_dim], key and value [batch, rows, kv_num_heads * head_dim],
-# past_key and past_value [batch, kv_num_heads, capacity, head_dim], write_index and row_lengths
-# [batch] int64 -> output [batch, rows, num_heads * head_dim] and the caches, updated in place.
+# query [batch, rows, num_heads * head_dim], key and value [batch, rows, kv_num_heads *
+# head_dim], past_key and past_value [batch, kv_num_heads, capacity, head_dim], write_index and
+# row_lengths [batch] int64 -> output [batch, rows, num_heads * head_dim] and the caches,
+# updated in place.
 # Row i of sample b is stored at cache row write_index[b] + i and attends to cache rows up to
 # there. Rows from row_lengths[b] on are padding: their output means nothing, and what they
 # store is overwritten before anything attends to it.

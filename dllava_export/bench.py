@@ -1,0 +1,455 @@
+"""Time a bundle against its own dense form and against transformers, in one run.
+
+All subjects are loaded first and measured in turns, round after round, so that a slow moment of
+the machine hits all of them; what is reported are medians and their ratios. Peak memory is
+taken in a process of its own for each subject.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dllava_export import bundle
+from dllava_export.chat import IMAGE_PLACEHOLDER_ID
+from dllava_export.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    from dllava_export.session import Session
+
+__all__ = ["BenchReport", "BenchSettings", "Measurement", "run_bench"]
+
+_DENSE = Sparsity(policy="none", output_text_keep_rate=1.0)
+_FIRST_TOKEN = 3  # any ordinary id: what is generated does not change the time
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchSettings:
+    """What is measured.
+
+    Attributes:
+        prompt_text_len: Text tokens of the prompt, beside the image.
+        decode_lengths: Generated tokens already in the cache when decode steps are timed.
+        batch_size: Samples, all alike.
+        num_threads: Threads of every runtime.
+        rounds: Turns; medians over them are reported.
+        decode_steps: Decode steps per turn and length.
+    """
+
+    prompt_text_len: int = 64
+    decode_lengths: tuple[int, ...] = (0, 256)
+    batch_size: int = 1
+    num_threads: int = 2
+    rounds: int = 5
+    decode_steps: int = 8
+
+
+@dataclasses.dataclass
+class Measurement:
+    """One subject's results.
+
+    Attributes:
+        name: `sparse`, `dense` or `transformers`.
+        prefill_ms: Median time of the decoder's prefill; the vision tower is not part of it.
+        decode_ms: Generated length → median time of one decode step.
+        kv_bytes: Generated length → bytes of valid cache rows.
+        kv_allocated_bytes: Bytes of cache buffers at the largest length.
+        peak_rss_bytes: Peak resident memory of a process that loads it, prefills and decodes.
+    """
+
+    name: str
+    prefill_ms: float = 0.0
+    decode_ms: dict[int, float] = dataclasses.field(default_factory=dict)
+    kv_bytes: dict[int, int] = dataclasses.field(default_factory=dict)
+    kv_allocated_bytes: int = 0
+    peak_rss_bytes: int = 0
+
+
+@dataclasses.dataclass
+class BenchReport:
+    """All measurements of one run.
+
+    Attributes:
+        settings: What was measured.
+        subjects: `sparse` first.
+        capacity_ratio: Decode time with four times the cache capacity over that with the
+            planned one, at the same lengths: 1 where time does not depend on capacity.
+        machine: Processor, cores and date.
+        left_out: What could not be measured, and why.
+    """
+
+    settings: BenchSettings
+    subjects: list[Measurement]
+    capacity_ratio: float
+    machine: str
+    left_out: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def to_text(self) -> str:
+        """Return a table with ratios over `sparse`."""
+        lengths = self.settings.decode_lengths
+        header = ["", "prefill", *(f"decode@{n}" for n in lengths), "KV used", "KV alloc", "peak RSS"]
+        rows = [header]
+        base = self.subjects[0]
+        for subject in self.subjects:
+            cells = [subject.name, _cell(subject.prefill_ms, base.prefill_ms)]
+            cells += [_cell(subject.decode_ms[n], base.decode_ms[n]) for n in lengths]
+            cells += [
+                _mib(subject.kv_bytes[lengths[-1]]),
+                _mib(subject.kv_allocated_bytes),
+                _mib(subject.peak_rss_bytes),
+            ]
+            rows.append(cells)
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        table = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        settings = self.settings
+        return "\n".join(
+            [
+                f"{self.machine}; {settings.num_threads} threads, batch {settings.batch_size}, "
+                f"prompt of {settings.prompt_text_len} text tokens and one image",
+                "times in ms, medians of "
+                f"{settings.rounds} interleaved rounds; in brackets: times as long as sparse",
+                *table,
+                f"decode with 4 x the cache capacity, same length: {self.capacity_ratio:.2f} x "
+                "the time",
+                *(f"left out: {reason}" for reason in self.left_out),
+            ]
+        )
+
+
+def run_bench(
+    folder: str | Path, settings: BenchSettings | None = None, *, progress: bool = False
+) -> BenchReport:
+    """Measure a bundle.
+
+    Args:
+        folder: A bundle with an image; of any policy.
+        settings: What to measure.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        DllavaExportError: If the bundle cannot be loaded.
+    """
+    from tqdm import tqdm
+
+    settings = settings or BenchSettings()
+    folder = Path(folder)
+    manifest = bundle.read_manifest(folder)
+    left_out = []
+    makers: dict[str, Callable[[], _Subject]] = {}
+    if manifest.sparsity.is_dense:
+        left_out.append("sparse: the bundle is dense; `dllava-export sparsify` makes a sparse one")
+    else:
+        makers["sparse"] = lambda: _SessionSubject(folder, settings, manifest.sparsity)
+    makers["dense"] = lambda: _SessionSubject(folder, settings, _DENSE)
+    if manifest.layout == "onnx":
+        left_out.append("transformers: the bundle came from an ONNX file, not a checkpoint")
+    elif manifest.precision != "fp32":
+        left_out.append(f"transformers: compared at fp32 only, the bundle is {manifest.precision}")
+    else:
+        makers["transformers"] = lambda: _TorchSubject(folder, settings)
+    total = len(makers) * (settings.rounds + 2)
+    with tqdm(total=total, disable=not progress, desc="loading", leave=False) as bar:
+        results = {}
+        for name in makers:
+            bar.set_description(f"peak memory of {name}")
+            results[name] = Measurement(name, peak_rss_bytes=_peak_memory(folder, settings, name))
+            bar.update()
+        subjects = {}
+        for name, make in makers.items():
+            bar.set_description(f"loading {name}")
+            subjects[name] = make()
+            bar.update()
+        times = {name: _Times(settings) for name in makers}
+        for _ in range(settings.rounds):
+            for name, subject in subjects.items():
+                bar.set_description(f"timing {name}")
+                times[name].take_turn(subject)
+                bar.update()
+    for name, subject in subjects.items():
+        times[name].summarise(results[name])
+        for length in settings.decode_lengths:
+            results[name].kv_bytes[length] = subject.kv_bytes(length)
+        results[name].kv_allocated_bytes = subject.kv_allocated_bytes()
+    first = next(s for s in subjects.values() if isinstance(s, _SessionSubject))
+    return BenchReport(
+        settings, list(results.values()), _capacity_ratio(first, settings), machine(), left_out
+    )
+
+
+def machine() -> str:
+    """Return processor, number of cores and date, as results are labelled."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    return f"{name}, {os.cpu_count()} cores, {date.today().isoformat()}"
+
+
+class _Times:
+    def __init__(self, settings: BenchSettings) -> None:
+        self._settings = settings
+        self._prefill: list[float] = []
+        self._decode: dict[int, list[float]] = {n: [] for n in settings.decode_lengths}
+
+    def take_turn(self, subject: _Subject) -> None:
+        for length in self._settings.decode_lengths:
+            # Every turn starts with a prefill: one untimed call warms the caches up.
+            start = time.perf_counter()
+            subject.prefill()
+            self._prefill.append(time.perf_counter() - start)
+            subject.pretend_generated(length)
+            subject.decode()
+            start = time.perf_counter()
+            for _ in range(self._settings.decode_steps):
+                subject.decode()
+            elapsed = time.perf_counter() - start
+            self._decode[length].append(elapsed / self._settings.decode_steps)
+
+    def summarise(self, result: Measurement) -> None:
+        result.prefill_ms = 1e3 * statistics.median(self._prefill)
+        result.decode_ms = {n: 1e3 * statistics.median(t) for n, t in self._decode.items()}
+
+
+class _Subject:
+    """Something that prefills and decodes."""
+
+    def prefill(self) -> None: ...
+
+    def pretend_generated(self, length: int) -> None: ...
+
+    def decode(self) -> None: ...
+
+    def kv_bytes(self, length: int) -> int:
+        raise TypeError(f"{type(self).__name__} does not define kv_bytes")
+
+    def kv_allocated_bytes(self) -> int:
+        raise TypeError(f"{type(self).__name__} does not define kv_allocated_bytes")
+
+
+class _SessionSubject(_Subject):
+    """A bundle in ONNX Runtime, sparse or in its dense form."""
+
+    def __init__(self, folder: Path, settings: BenchSettings, sparsity: Sparsity) -> None:
+        self.settings = settings
+        self.session = _open(folder, settings, sparsity)
+        geometry = self.session.manifest.geometry
+        rng = np.random.default_rng(0)
+        shape = settings.batch_size, geometry.num_image_tokens, geometry.hidden_size
+        self.features = (0.02 * rng.standard_normal(shape)).astype(
+            np.float32 if geometry.bytes_per_value == 4 else np.float16
+        )
+        self.prompts = [_prompt(settings)] * settings.batch_size
+        self.num_new = max(settings.decode_lengths) + settings.decode_steps + 2
+
+    def prefill(self) -> None:
+        self.session.prefill(
+            self.prompts, image_features=self.features, max_new_tokens=self.num_new
+        )
+
+    def pretend_generated(self, length: int) -> None:
+        """Move the write indices as `length` tokens would; what the rows hold costs no time."""
+        sparsity = self.session.manifest.sparsity
+        rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0
+        self.session._full = self.session._full + length
+        self.session._sparse = self.session._sparse + round(rate * length)
+
+    def decode(self) -> None:
+        self.session.decode([_FIRST_TOKEN] * self.settings.batch_size)
+
+    def kv_bytes(self, length: int) -> int:
+        self.prefill()
+        self.pretend_generated(length)
+        return int(self.session.cache_lengths.sum()) * self.session.kv_plan.bytes_per_row
+
+    def kv_allocated_bytes(self) -> int:
+        return self.session.kv_plan.bytes_full + self.session.kv_plan.bytes_sparse
+
+
+def _open(folder: Path, settings: BenchSettings, sparsity: Sparsity) -> Session:
+    """Open a bundle as it is, or as a dense decoder made from the graph it started from."""
+    import onnx
+
+    from dllava_export.export import transform_decoder
+    from dllava_export.ort_backend import OrtBackend
+    from dllava_export.session import Session
+
+    manifest = bundle.read_manifest(folder, verify=False)
+    decoder = None
+    if sparsity.is_dense and not manifest.sparsity.is_dense:
+        path = folder / bundle.LLM_FOLDER / bundle.DENSE_DECODER
+        models, _ = transform_decoder(onnx.load(path, load_external_data=False), sparsity, None)
+        decoder = models[bundle.DECODER]
+        manifest = dataclasses.replace(manifest, sparsity=sparsity)
+    backend = OrtBackend(folder, manifest, num_threads=settings.num_threads, decoder=decoder)
+    return Session(folder, manifest, backend, manifest.max_position_embeddings)
+
+
+class _TorchSubject(_Subject):
+    """transformers' own LLaMA with SDPA and its dynamic cache, on the same weights."""
+
+    def __init__(self, folder: Path, settings: BenchSettings) -> None:
+        import torch
+
+        torch.set_num_threads(settings.num_threads)
+        self.settings = settings
+        self.model = _load_torch(folder)
+        manifest = bundle.read_manifest(folder, verify=False)
+        num_rows = manifest.geometry.num_image_tokens + settings.prompt_text_len
+        generator = torch.Generator().manual_seed(0)
+        shape = settings.batch_size, num_rows, manifest.geometry.hidden_size
+        self.embeds = 0.02 * torch.randn(shape, generator=generator)
+        self.token = torch.full((settings.batch_size, 1), _FIRST_TOKEN)
+        self.geometry = manifest.geometry
+        self.cache: Any = None
+
+    def prefill(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            outputs = self.model(inputs_embeds=self.embeds, use_cache=True, logits_to_keep=1)
+        self.cache = outputs.past_key_values
+
+    def pretend_generated(self, length: int) -> None:
+        """Append rows of zeros to every layer's cache."""
+        import torch
+
+        if length == 0:
+            return
+        geometry = self.geometry
+        shape = self.settings.batch_size, geometry.num_kv_heads, length, geometry.head_dim
+        for layer in range(geometry.num_layers):
+            self.cache.update(torch.zeros(shape), torch.zeros(shape), layer)
+
+    def decode(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            outputs = self.model(
+                input_ids=self.token, past_key_values=self.cache, use_cache=True
+            )
+        self.cache = outputs.past_key_values
+
+    def kv_bytes(self, length: int) -> int:
+        geometry = self.geometry
+        row = 2 * geometry.num_kv_heads * geometry.head_dim * geometry.bytes_per_value
+        rows = self.embeds.shape[1] + length
+        return self.settings.batch_size * geometry.num_layers * rows * row
+
+    def kv_allocated_bytes(self) -> int:
+        return self.kv_bytes(max(self.settings.decode_lengths))
+
+
+def _load_torch(folder: Path) -> Any:
+    """Load the bundle's weights into transformers' LLaMA, mapped from the bundle's files."""
+    import json
+
+    import onnx
+    import torch
+    from onnx import external_data_helper, numpy_helper
+    from transformers import LlamaForCausalLM
+
+    from dllava_export import checkpoint_config
+
+    llm = folder / bundle.LLM_FOLDER
+    config_json = json.loads((llm / "config.json").read_text(encoding="utf-8"))
+    manifest = bundle.read_manifest(folder, verify=False)
+    config = checkpoint_config.text_config(
+        config_json, manifest.layout, manifest.geometry.num_layers
+    )
+    config._attn_implementation = "sdpa"
+    dense = onnx.load(llm / bundle.DENSE_DECODER, load_external_data=False)
+    state = {}
+    for tensor in dense.graph.initializer:
+        if not tensor.name.endswith(".weight"):
+            continue
+        if tensor.external_data:
+            external_data_helper.load_external_data_for_tensor(tensor, str(llm))
+        state[tensor.name] = torch.from_numpy(numpy_helper.to_array(tensor).copy())
+        tensor.ClearField("raw_data")
+    from dllava_export.weights import EmbeddingTable
+
+    assert manifest.embedding is not None
+    table = EmbeddingTable(llm, manifest.embedding).rows
+    state["model.embed_tokens.weight"] = torch.from_numpy(np.array(table))
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.load_state_dict(state, assign=True, strict=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not stored
+    return model.eval()
+
+
+def _prompt(settings: BenchSettings) -> np.ndarray:
+    text = np.full(settings.prompt_text_len, _FIRST_TOKEN, np.int64)
+    return np.insert(text, 1, IMAGE_PLACEHOLDER_ID)
+
+
+def _capacity_ratio(subject: _SessionSubject, settings: BenchSettings) -> float:
+    """Time decode steps at equal lengths with the planned and with four times the capacity."""
+    length = max(settings.decode_lengths)
+    planned = subject.num_new
+    times: dict[int, list[float]] = {planned: [], 4 * planned: []}
+    for _ in range(settings.rounds):
+        for num_new, found in times.items():
+            subject.num_new = num_new
+            subject.prefill()
+            subject.pretend_generated(length)
+            subject.decode()
+            start = time.perf_counter()
+            for _ in range(settings.decode_steps):
+                subject.decode()
+            found.append(time.perf_counter() - start)
+    subject.num_new = planned
+    return statistics.median(times[4 * planned]) / statistics.median(times[planned])
+
+
+def _peak_memory(folder: Path, settings: BenchSettings, name: str) -> int:
+    """Run one prefill and some decode steps in a fresh process; return its peak RSS in bytes."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure_memory, folder, settings, name).result()
+
+
+def _measure_memory(folder: Path, settings: BenchSettings, name: str) -> int:
+    import resource
+
+    if name == "transformers":
+        subject: _Subject = _TorchSubject(folder, settings)
+    else:
+        manifest = bundle.read_manifest(folder, verify=False)
+        sparsity = manifest.sparsity if name == "sparse" else _DENSE
+        subject = _SessionSubject(folder, settings, sparsity)
+    subject.prefill()
+    for _ in range(settings.decode_steps):
+        subject.decode()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _cell(value: float, base: float) -> str:
+    return f"{value:.1f} ({value / base:.2f})"
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
+
