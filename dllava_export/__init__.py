@@ -1,8 +1,8 @@
 """Export LLaVA and Dynamic-LLaVA models to ONNX with token sparsification inside the decoder.
 
-    import dllava_export
-    session = dllava_export.load("out")
-    print(session.generate(["cat.png"], ["What is this?"])[0].text)
+import dllava_export
+session = dllava_export.load("out")
+print(session.generate(["cat.png"], ["What is this?"])[0].text)
 """
 
 from __future__ import annotations

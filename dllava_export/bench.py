@@ -102,7 +102,14 @@ class BenchReport:
     def to_text(self) -> str:
         """Return a table with ratios over `sparse`."""
         lengths = self.settings.decode_lengths
-        header = ["", "prefill", *(f"decode@{n}" for n in lengths), "KV used", "KV alloc", "peak RSS"]
+        header = [
+            "",
+            "prefill",
+            *(f"decode@{n}" for n in lengths),
+            "KV used",
+            "KV alloc",
+            "peak RSS",
+        ]
         rows = [header]
         base = self.subjects[0]
         for subject in self.subjects:
@@ -158,14 +165,18 @@ def run_bench(
     left_out = []
     makers: dict[str, Callable[[], _Subject]] = {}
     if manifest.sparsity.is_dense:
-        left_out.append("sparse: the bundle is dense; `dllava-export sparsify` makes a sparse one")
+        left_out.append(
+            "sparse: the bundle is dense; `dllava-export sparsify` makes a sparse one"
+        )
     else:
         makers["sparse"] = lambda: _SessionSubject(folder, settings, manifest.sparsity)
     makers["dense"] = lambda: _SessionSubject(folder, settings, _DENSE)
     if manifest.layout == "onnx":
         left_out.append("transformers: the bundle came from an ONNX file, not a checkpoint")
     elif manifest.precision != "fp32":
-        left_out.append(f"transformers: compared at fp32 only, the bundle is {manifest.precision}")
+        left_out.append(
+            f"transformers: compared at fp32 only, the bundle is {manifest.precision}"
+        )
     else:
         makers["transformers"] = lambda: _TorchSubject(folder, settings)
     total = len(makers) * (settings.rounds + 2)
@@ -173,7 +184,9 @@ def run_bench(
         results = {}
         for name in makers:
             bar.set_description(f"peak memory of {name}")
-            results[name] = Measurement(name, peak_rss_bytes=_peak_memory(folder, settings, name))
+            results[name] = Measurement(
+                name, peak_rss_bytes=_peak_memory(folder, settings, name)
+            )
             bar.update()
         subjects = {}
         for name, make in makers.items():
@@ -299,7 +312,9 @@ def _open(folder: Path, settings: BenchSettings, sparsity: Sparsity) -> Session:
     decoder = None
     if sparsity.is_dense and not manifest.sparsity.is_dense:
         path = folder / bundle.LLM_FOLDER / bundle.DENSE_DECODER
-        models, _ = transform_decoder(onnx.load(path, load_external_data=False), sparsity, None)
+        models, _ = transform_decoder(
+            onnx.load(path, load_external_data=False), sparsity, None
+        )
         decoder = models[bundle.DECODER]
         manifest = dataclasses.replace(manifest, sparsity=sparsity)
     backend = OrtBackend(folder, manifest, num_threads=settings.num_threads, decoder=decoder)
@@ -375,6 +390,7 @@ def _load_torch(folder: Path) -> Any:
     llm = folder / bundle.LLM_FOLDER
     config_json = json.loads((llm / "config.json").read_text(encoding="utf-8"))
     manifest = bundle.read_manifest(folder, verify=False)
+    assert manifest.layout != "onnx"
     config = checkpoint_config.text_config(
         config_json, manifest.layout, manifest.geometry.num_layers
     )
@@ -452,4 +468,3 @@ def _cell(value: float, base: float) -> str:
 
 def _mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.1f} MiB"
-

@@ -24,8 +24,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from dllava_export.checkpoint_config import Layout
 from dllava_export.errors import BundleError
 from dllava_export.inspection import Geometry, PredictorGeometry
 from dllava_export.sparsity import Sparsity
@@ -79,7 +80,7 @@ class Manifest:
         source: Where the weights came from, for people.
     """
 
-    layout: str
+    layout: Layout | Literal["onnx"]
     precision: str
     geometry: Geometry
     max_position_embeddings: int
@@ -88,7 +89,7 @@ class Manifest:
     image_aspect_ratio: str
     has_visual: bool
     embedding: dict[str, Any] | None
-    chat_template: str | None
+    chat_template: Literal["vicuna_v1", "checkpoint"] | None
     eos_token_ids: tuple[int, ...]
     passes: dict[str, list[dict[str, Any]]]
     producer: dict[str, str]

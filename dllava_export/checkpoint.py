@@ -75,6 +75,7 @@ class Checkpoint:
 
     Attributes:
         path: Its folder.
+        config: Its `config.json`.
         layout: How it is laid out on disk.
         text_config: The decoder, cut to the layers asked for.
         vision_config: The vision tower.
@@ -94,6 +95,7 @@ class Checkpoint:
     """
 
     path: Path
+    config: dict[str, Any] = dataclasses.field(repr=False)
     layout: Layout
     text_config: LlamaConfig
     vision_config: CLIPVisionConfig
@@ -162,7 +164,7 @@ def read_checkpoint(
     tensors = canonical_tensors(stored, path, layout, model, shapes if has_tower else None)
     if not has_tower:
         tensors |= _tower_weights(tower, shapes, path)
-    return _make_checkpoint(path, layout, images, model, tower, tensors)
+    return _make_checkpoint(path, config, layout, images, model, tower, tensors)
 
 
 def random_checkpoint(
@@ -198,7 +200,7 @@ def random_checkpoint(
     }
     if model.text.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    return _make_checkpoint(file.parent, layout, images, model, tower, tensors)
+    return _make_checkpoint(file.parent, config, layout, images, model, tower, tensors)
 
 
 def _config_dtype(config: Mapping[str, Any]) -> str:
@@ -234,6 +236,7 @@ def _model_shapes(
 
 def _make_checkpoint(
     path: Path,
+    config: dict[str, Any],
     layout: Layout,
     images: ImageSettings,
     model: ModelShapes,
@@ -244,6 +247,7 @@ def _make_checkpoint(
     pads = layout == "llava-hf" and preprocessor.get("do_pad")
     checkpoint = Checkpoint(
         path=path,
+        config=config,
         layout=layout,
         text_config=model.text,
         vision_config=tower.config,

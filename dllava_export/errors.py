@@ -1,4 +1,4 @@
-"""Errors that a caller may want to catch apart. Every message says: found, expected, what to do."""
+"""Errors that a caller may want to catch apart. Messages say: found, expected, what to do."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dllava_export import bundle
 from dllava_export.errors import BundleError, UnsupportedModelError
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     import onnx
 
     from dllava_export.checkpoint import Checkpoint
+    from dllava_export.checkpoint_config import PredictorConfig
     from dllava_export.passes import PassResult, PredictorWeights
 
 __all__ = [
     "ExportReport",
     "SparsityOptions",
+    "complete_sparsity",
     "export",
     "predictor_model",
     "resolve_sparsity",
@@ -75,7 +77,6 @@ class ExportReport:
     def to_text(self) -> str:
         """Return a summary: what was written, where, and what it is."""
         sparsity, geometry = self.manifest.sparsity, self.manifest.geometry
-        kept = sparsity.num_kept_image_tokens(geometry.num_image_tokens)
         lines = [
             f"Wrote {self.folder} in {self.seconds:.1f} s: "
             f"{_size(self.bytes_written)} new, {_size(self.bytes_linked)} linked",
@@ -92,17 +93,19 @@ class ExportReport:
             )
             lines.append(
                 f"  sparsity  {sparsity.policy}, from layer {sparsity.sparse_layer} on: "
-                f"{kept} of {geometry.num_image_tokens} image tokens, {text}"
+                f"{_kept_image_tokens(sparsity, geometry)} image tokens, {text}"
             )
         names = [bundle.DECODER, bundle.RECOMPUTE]
-        visual = f", {bundle.VISUAL_FOLDER}/{bundle.VISUAL}" if self.manifest.has_visual else ""
+        visual = (
+            f", {bundle.VISUAL_FOLDER}/{bundle.VISUAL}" if self.manifest.has_visual else ""
+        )
         lines.append(f"  graphs    {', '.join(f'llm/{name}' for name in names)}{visual}")
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
 def resolve_sparsity(
-    options: SparsityOptions, checkpoint: Checkpoint | None, *, num_layers: int
+    options: SparsityOptions, checkpoint: Checkpoint, *, num_layers: int
 ) -> Sparsity:
     """Fill in what the user left open.
 
@@ -110,14 +113,45 @@ def resolve_sparsity(
         UnsupportedModelError: If predictors are asked for and the checkpoint has none.
         ValueError: If a setting is out of range.
     """
-    trained = checkpoint.sparse_config if checkpoint is not None else None
-    has_predictor = trained is not None and trained.use_vision_predictor
+    return complete_sparsity(
+        options,
+        checkpoint.sparse_config,
+        num_layers=num_layers,
+        num_image_tokens=checkpoint.num_image_tokens,
+        source=f"{checkpoint.path} is a {checkpoint.layout} checkpoint",
+        remedy="Use a Dynamic-LLaVA checkpoint",
+    )
+
+
+def complete_sparsity(
+    options: SparsityOptions,
+    trained: PredictorConfig | None,
+    *,
+    num_layers: int,
+    num_image_tokens: int,
+    source: str,
+    remedy: str,
+) -> Sparsity:
+    """Fill in what the user left open, as the predictors were trained.
+
+    Args:
+        options: What the user asked for.
+        trained: The predictors there are, if any.
+        num_layers: Decoder layers.
+        num_image_tokens: Rows of an image; 0 where that is known at run time only.
+        source: Where predictors were looked for, a clause for messages.
+        remedy: How to get predictors, for messages.
+
+    Raises:
+        UnsupportedModelError: If predictors are asked for and there are none.
+        ValueError: If a setting is out of range.
+    """
     policy = options.policy or "predictor"
-    if policy == "predictor" and checkpoint is not None and not has_predictor:
+    if policy == "predictor" and not (trained is not None and trained.use_vision_predictor):
         raise UnsupportedModelError(
-            f"{checkpoint.path} is a {checkpoint.layout} checkpoint without an image predictor, "
-            "which policy 'predictor' needs. Use a Dynamic-LLaVA checkpoint, or a policy that "
-            "needs no training: --policy random, uniform, norm, or none for a dense decoder."
+            f"{source} without an image predictor, which policy 'predictor' needs. {remedy}, or "
+            "a policy that needs no training: --policy random, uniform, norm, or none for a "
+            "dense decoder."
         )
     if policy == "none":
         return Sparsity(policy="none", output_text_keep_rate=1.0)
@@ -126,9 +160,8 @@ def resolve_sparsity(
         values["sparse_layer"] = trained.sparse_layer
         values["image_keep_rate"] = trained.vision_keep_rate
         values["output_text_keep_rate"] = trained.output_text_keep_rate
-    if policy == "norm" or (
-        policy == "predictor" and trained is not None and not trained.has_output_text
-    ):
+    lacks_text = trained is not None and not trained.has_output_text
+    if policy == "norm" or (policy == "predictor" and lacks_text):
         values["output_text_keep_rate"] = 1.0
     values.update({k: v for k, v in dataclasses.asdict(options).items() if v is not None})
     sparsity = Sparsity(**values)
@@ -137,13 +170,13 @@ def resolve_sparsity(
             f"sparse_layer must be in 1..{num_layers - 1} for {num_layers} decoder layers, got "
             f"{sparsity.sparse_layer}."
         )
-    if checkpoint is not None:
-        sparsity.num_kept_image_tokens(checkpoint.num_image_tokens)
-        if sparsity.has_keep_bit and policy == "predictor" and not trained.has_output_text:
-            raise UnsupportedModelError(
-                f"{checkpoint.path} has no output-text predictor, but an output text keep rate "
-                f"of {sparsity.output_text_keep_rate} was asked for. Use 1.0."
-            )
+    if num_image_tokens:
+        sparsity.num_kept_image_tokens(num_image_tokens)
+    if sparsity.has_keep_bit and policy == "predictor" and lacks_text:
+        raise UnsupportedModelError(
+            f"{source} without an output-text predictor, but an output text keep rate of "
+            f"{sparsity.output_text_keep_rate} was asked for. Use 1.0."
+        )
     return sparsity
 
 
@@ -191,7 +224,7 @@ def export(
         llm, visual = folder / bundle.LLM_FOLDER, folder / bundle.VISUAL_FOLDER
         llm.mkdir()
         visual.mkdir()
-        with _stages(progress) as stage:
+        with show_stages(progress, _NUM_STAGES) as stage:
             stage("tracing the decoder")
             dense = trace_decoder(checkpoint, dtypes[precision])
             stage("tracing the vision tower")
@@ -201,9 +234,11 @@ def export(
             models, passes = transform_decoder(
                 dense, sparsity, predictor_weights(predictors, checkpoint)
             )
-            models[bundle.DENSE_DECODER] = dense
+            sources = {bundle.DENSE_DECODER: dense}
             if predictors is not None:
-                models[bundle.PREDICTORS] = predictors
+                sources[bundle.PREDICTORS] = predictors
+            # First in line, so that the data file is the same whatever the sparsity.
+            models = sources | models
         llm_report = attach_weights(
             models, llm, checkpoint.tensors, link=link, progress=progress
         )
@@ -344,6 +379,8 @@ def _geometry(checkpoint: Checkpoint, precision: str) -> Geometry:
         predictor = PredictorGeometry(
             trained.d_model, trained.nhead, trained.dim_feedforward, trained.num_layers
         )
+    assert config.num_key_value_heads is not None
+    assert config.head_dim is not None  # LlamaConfig fills both in
     return Geometry(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -360,13 +397,10 @@ def _geometry(checkpoint: Checkpoint, precision: str) -> Geometry:
 
 def _copy_tokenizer(
     checkpoint: Checkpoint, llm: Path
-) -> tuple[str | None, tuple[int, ...], list[str]]:
+) -> tuple[Literal["vicuna_v1", "checkpoint"] | None, tuple[int, ...], list[str]]:
     """Copy tokenizer and configuration; return (template, end-of-sequence ids, warnings)."""
-    config_file = checkpoint.path / "config.json"
-    config = {}
-    if config_file.is_file():
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        _write_json(llm / "config.json", config)
+    config = checkpoint.config
+    _write_json(llm / "config.json", config)
     generation = checkpoint.path / "generation_config.json"
     for path in (*checkpoint.tokenizer_files, *([generation] if generation.is_file() else [])):
         shutil.copyfile(path, llm / path.name)
@@ -378,8 +412,16 @@ def _copy_tokenizer(
             "(`run --input-ids`)."
         )
         return None, ids, [warning]
-    template = "checkpoint" if checkpoint.layout == "llava-hf" else "vicuna_v1"
-    return template, ids, []
+    return "checkpoint" if checkpoint.layout == "llava-hf" else "vicuna_v1", ids, []
+
+
+def _kept_image_tokens(sparsity: Sparsity, geometry: Geometry) -> str:
+    if geometry.num_image_tokens:
+        kept = sparsity.num_kept_image_tokens(geometry.num_image_tokens)
+        return f"{kept} of {geometry.num_image_tokens}"
+    if sparsity.image_keep_tokens is not None:
+        return str(sparsity.image_keep_tokens)
+    return f"{sparsity.image_keep_rate:.3g} of the"
 
 
 def _write_json(path: Path, values: object) -> None:
@@ -395,12 +437,12 @@ def _size(num_bytes: float) -> str:
 
 
 @contextlib.contextmanager
-def _stages(enabled: bool) -> Iterator[Callable[[str], None]]:
-    """Show which stage an export is in, on stderr; tracing cannot tell how far it is."""
+def show_stages(enabled: bool, total: int) -> Iterator[Callable[[str], None]]:
+    """Show which of `total` stages work is in, on stderr; tracing cannot tell how far it is."""
     from tqdm import tqdm
 
     form = "{desc} {bar} {n}/{total} [{elapsed}]"
-    with tqdm(total=_NUM_STAGES, disable=not enabled, bar_format=form) as bar:
+    with tqdm(total=total, disable=not enabled, bar_format=form) as bar:
 
         def stage(name: str) -> None:
             bar.set_description(f"{name:28}")
@@ -435,4 +477,3 @@ def link_or_copy(source: Path, target: Path) -> int:
         shutil.copyfile(source, target)
         return target.stat().st_size
     return 0
-

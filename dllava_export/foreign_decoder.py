@@ -357,12 +357,13 @@ def _merge(model: ir.Model, examples: Sequence[ir.Model]) -> None:
     import onnx_ir as ir
 
     values = [
-        {v.name: v for node in e.graph for v in node.outputs} | dict(e.graph.initializers)
+        {str(v.name): v for node in e.graph for v in node.outputs}
+        | dict(e.graph.initializers.items())
         for e in examples
     ]
     for node in list(model.graph):
         for value in node.outputs:
-            found = [example.get(value.name) for example in values]
+            found = [example.get(str(value.name)) for example in values]
             constant = _same_constant(found)
             if constant is not None and not value.is_graph_output():
                 value.replace_all_uses_with(_constant(model, value, constant))
@@ -392,7 +393,9 @@ def _common_shape(found: Sequence[ir.Value | None]) -> list[int | str | None] | 
     shapes = [value.shape for value in found if value is not None and value.shape is not None]
     if len(shapes) < len(found) or len({len(shape) for shape in shapes}) > 1:
         return None
-    roles = dict(zip(zip(*_EXAMPLE_SIZES, strict=True), (names.BATCH, names.ROWS), strict=True))
+    roles = dict(
+        zip(zip(*_EXAMPLE_SIZES, strict=True), (names.BATCH, names.ROWS), strict=True)
+    )
     return [
         first if isinstance(first, int) and first == second else roles.get((first, second))
         for first, second in zip(*shapes, strict=True)
@@ -430,7 +433,9 @@ def _read_sizes_off_inputs(model: ir.Model) -> None:
 
 def _gathered_size(node: ir.Node) -> int | str | None:
     """Return the dimension that Gather(Shape(x), axis) reads, None for any other node."""
-    shape, index = (node.inputs[0], node.inputs[1]) if node.op_type == "Gather" else (None, None)
+    shape, index = (
+        (node.inputs[0], node.inputs[1]) if node.op_type == "Gather" else (None, None)
+    )
     producer = shape.producer() if shape is not None else None
     if producer is None or producer.op_type != "Shape" or producer.attributes:
         return None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -15,6 +14,8 @@ from dllava_export.errors import InvalidInputError
 from dllava_export.sampling import Sampler
 
 if TYPE_CHECKING:
+    import os
+
     from PIL import Image
 
     from dllava_export.session import Prompts, Session
@@ -23,7 +24,7 @@ __all__ = ["MODES", "Generation", "ImageInput", "OnToken", "generate"]
 
 MODES = ("cache", "recompute")
 
-ImageInput = "str | os.PathLike[str] | Image.Image | np.ndarray"
+ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 OnToken = Callable[[int, int, str], Any]
 
 
@@ -121,7 +122,9 @@ def _prompt_ids(
             f"{len(images)} images were given for {count} prompts; expected one image, or None, "
             "for each prompt."
         )
-    has_image = [image is not None for image in images] if images is not None else [False] * count
+    has_image = (
+        [image is not None for image in images] if images is not None else [False] * count
+    )
     if prompts is not None:
         tokenizer = session.tokenizer
         return [
@@ -259,7 +262,9 @@ class _RecomputeRun:
     def is_full(self) -> np.ndarray:
         room = self._session.max_length - self._outputs.shape[1]
         images = self._session.manifest.geometry.num_image_tokens
-        lengths = [len(ids) + (images - 1) * (IMAGE_PLACEHOLDER_ID in ids) for ids in self._ids]
+        lengths = [
+            len(ids) + (images - 1) * (IMAGE_PLACEHOLDER_ID in ids) for ids in self._ids
+        ]
         return np.array(lengths) >= room
 
     def step(

@@ -140,7 +140,9 @@ class OrtBackend:
         caches = self._caches
         if sample is not None:
             caches = {name: cache[sample : sample + 1] for name, cache in caches.items()}
-        return _BoundStep(self._decoder, inputs, caches, self._manifest.geometry.vocab_size).run()
+        return _BoundStep(
+            self._decoder, inputs, caches, self._manifest.geometry.vocab_size
+        ).run()
 
     def decode(self, inputs: StepInputs) -> StepOutputs:
         """Feed one row per sample; bindings are made once and the input arrays re-used."""
@@ -155,9 +157,7 @@ class OrtBackend:
     def recompute(self, inputs: StepInputs) -> StepOutputs:
         """Run the decoder without a cache over whole sequences."""
         session = self._session("recompute")
-        feeds = {
-            entry.name: getattr(inputs, entry.name) for entry in session.get_inputs()
-        }
+        feeds = {entry.name: getattr(inputs, entry.name) for entry in session.get_inputs()}
         wanted = [entry.name for entry in session.get_outputs()]
         values = dict(zip(wanted, session.run(None, feeds), strict=True))
         values[names.LOGITS] = values[names.LOGITS].astype(np.float32)
@@ -259,7 +259,10 @@ def lowered_model(source: Path | onnx.ModelProto) -> onnx.ModelProto:
 
 
 def open_session(
-    model: Path | onnx.ModelProto, *, folder: Path | None = None, num_threads: int | None = None
+    model: Path | onnx.ModelProto,
+    *,
+    folder: Path | None = None,
+    num_threads: int | None = None,
 ) -> ort.InferenceSession:
     """Open a model on the CPU.
 

@@ -13,48 +13,57 @@ __all__ = ["decoder_passes", "lowering_passes", "normalising_passes", "recompute
 
 def normalising_passes() -> list[Pass]:
     """Bring a dense decoder, whoever traced it, into the form the other passes know."""
-    from dllava_export import passes
+    from dllava_export.passes import (
+        FuseAttentionPass,
+        FuseRMSNormPass,
+        FuseRotaryEmbeddingPass,
+        GatherLastRowPass,
+        ReplaceTokenIdsPass,
+    )
 
     return [
-        passes.FuseRMSNormPass(),  # layers are found by their norms
-        passes.FuseRotaryEmbeddingPass(),  # before attention, which looks through it
-        passes.FuseAttentionPass(),  # drops masks, which the passes below could not gather
-        passes.ReplaceTokenIdsPass(),  # after the masks are gone, which read input_ids' shape
-        passes.GatherLastRowPass(),  # counts valid rows, which cache and selection read
+        FuseRMSNormPass(),  # layers are found by their norms
+        FuseRotaryEmbeddingPass(),  # before attention, which looks through it
+        FuseAttentionPass(),  # drops masks, which the passes below could not gather
+        ReplaceTokenIdsPass(),  # after the masks are gone, which read input_ids' shape
+        GatherLastRowPass(),  # counts valid rows, which cache and selection read
     ]
 
 
 def decoder_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> list[Pass]:
     """Return what makes the decoder with a KV cache (prefill and decode)."""
-    from dllava_export import passes
+    from dllava_export.passes import (
+        InsertImageSelectionPass,
+        InsertKeepBitPass,
+        InsertKVCachePass,
+    )
 
-    steps = [*normalising_passes(), passes.InsertKVCachePass()]
+    steps = [*normalising_passes(), InsertKVCachePass()]
     if not sparsity.is_dense:
         # After the cache, whose later layers it moves to a capacity of their own.
-        steps.append(
-            passes.InsertImageSelectionPass(sparsity.policy, sparsity.sparse_layer, weights)
-        )
+        steps.append(InsertImageSelectionPass(sparsity.policy, sparsity.sparse_layer, weights))
     if sparsity.has_keep_bit:
         # Last: it rewinds the write index that the image selection introduced.
         steps.append(
-            passes.InsertKeepBitPass(sparsity.policy, sparsity.output_text_keep_rate, weights)
+            InsertKeepBitPass(sparsity.policy, sparsity.output_text_keep_rate, weights)
         )
     return steps
 
 
 def recompute_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> list[Pass]:
     """Return what makes the decoder without a KV cache."""
-    from dllava_export import passes
+    from dllava_export.passes import (
+        InsertImageSelectionPass,
+        InsertOutputTextSelectionPass,
+    )
 
     steps = normalising_passes()
     if not sparsity.is_dense:
-        steps.append(
-            passes.InsertImageSelectionPass(sparsity.policy, sparsity.sparse_layer, weights)
-        )
+        steps.append(InsertImageSelectionPass(sparsity.policy, sparsity.sparse_layer, weights))
     if sparsity.has_keep_bit:
         # After the image selection: it competes among the rows that one left.
         steps.append(
-            passes.InsertOutputTextSelectionPass(
+            InsertOutputTextSelectionPass(
                 sparsity.policy, sparsity.output_text_keep_rate, weights
             )
         )
@@ -63,6 +72,6 @@ def recompute_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> li
 
 def lowering_passes() -> list[Pass]:
     """Return what fits a portable graph to ONNX Runtime."""
-    from dllava_export import passes
+    from dllava_export.passes import LowerForOnnxRuntimePass
 
-    return [passes.LowerForOnnxRuntimePass()]
+    return [LowerForOnnxRuntimePass()]

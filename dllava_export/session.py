@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from dllava_export.generation import Generation, ImageInput, OnToken
     from dllava_export.images import ImageProcessor
 
-__all__ = ["BACKENDS", "DecodeResult", "PrefillResult", "RecomputeResult", "Session", "load"]
+__all__ = [
+    "BACKENDS",
+    "DecodeResult",
+    "PrefillResult",
+    "RecomputeResult",
+    "Session",
+    "check_image_choice",
+    "load",
+]
 
 BACKENDS = ("onnxruntime",)
 
@@ -113,7 +121,23 @@ def load(
     limit = max_length if max_length is not None else manifest.max_position_embeddings
     if limit < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}.")
-    return Session(folder, manifest, OrtBackend(folder, manifest, num_threads=num_threads), limit)
+    return Session(
+        folder, manifest, OrtBackend(folder, manifest, num_threads=num_threads), limit
+    )
+
+
+def check_image_choice(manifest: bundle.Manifest, image: str | None) -> str | None:
+    """Return the picture to use; `none` stands for a text-only prompt.
+
+    Raises:
+        InvalidInputError: If the bundle takes pictures and nothing was said, or takes none.
+    """
+    if image is None and manifest.has_visual:
+        raise InvalidInputError(
+            "The bundle takes an image with its prompt, and none was given. Pass --image FILE, "
+            "or --image none for a text-only prompt."
+        )
+    return None if image == "none" else image
 
 
 class Session:
@@ -245,15 +269,12 @@ class Session:
         Raises:
             InvalidInputError: If prompts and images do not fit the bundle or each other.
             CapacityError: If a prompt is longer than `max_length`.
+            ValueError: If `max_new_tokens` is negative.
         """
+        if max_new_tokens is not None and max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
         rows = self._prompt_rows(input_ids, pixel_values, image_features)
         longest = int(rows.lengths.max())
-        if longest > self.max_length:
-            raise CapacityError(
-                f"The prompt has {longest} tokens ({int(rows.num_image.max())} of them image "
-                f"tokens), the session has room for {self.max_length}. Shorten the prompt or "
-                "load the bundle with a larger max_length."
-            )
         room = self.max_length - longest
         num_new = room if max_new_tokens is None else min(max_new_tokens, room)
         kept_lengths = self._kept_lengths(rows)
@@ -285,7 +306,8 @@ class Session:
 
         Raises:
             CapacityError: If an active sample's cache is full.
-            InvalidInputError: If the number of tokens is not the batch size.
+            InvalidInputError: If `token_ids` or `active` is not one for each sample, or an id
+                is not in the vocabulary.
         """
         ids = np.asarray(token_ids, np.int64)
         batch = len(self._full)
@@ -294,7 +316,11 @@ class Session:
                 f"decode got token ids of shape {ids.shape}, expected ({batch},): one for each "
                 "sample of the last prefill."
             )
-        is_active = np.ones(batch, bool) if active is None else np.asarray(active, bool)
+        is_active = np.ones(batch, bool) if active is None else np.array(active, bool)
+        if is_active.shape != (batch,):
+            raise InvalidInputError(
+                f"active has shape {is_active.shape}, expected ({batch},): one for each sample."
+            )
         if (is_active & self.is_full).any():
             sample = int(np.flatnonzero(is_active & self.is_full)[0])
             raise CapacityError(
@@ -371,6 +397,7 @@ class Session:
 
         Raises:
             InvalidInputError: If inputs do not fit the bundle or each other.
+            CapacityError: If a prompt is longer than `max_length`.
         """
         outputs = None
         if output_ids is not None:
@@ -462,11 +489,17 @@ class Session:
 
     def _normalised(self, input_ids: Prompts) -> list[np.ndarray]:
         num_image_tokens = self.manifest.geometry.num_image_tokens
+        prompts = [np.asarray(ids) for ids in input_ids]
+        for sample, ids in enumerate(prompts):
+            if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+                raise InvalidInputError(
+                    f"Sample {sample} of input_ids is {ids.dtype} of shape {list(ids.shape)}, "
+                    "expected integers in one dimension. Pass [batch, t] ids, or a list with "
+                    "one array per sample."
+                )
         return [
-            normalise_placeholders(
-                np.asarray(ids, np.int64), self.manifest.image_token_id, num_image_tokens
-            )
-            for ids in input_ids
+            normalise_placeholders(ids, self.manifest.image_token_id, num_image_tokens)
+            for ids in prompts
         ]
 
     def _lookup(self, ids: np.ndarray) -> np.ndarray:
@@ -486,24 +519,53 @@ class Session:
         prompts = self._normalised(input_ids)
         if not prompts:
             raise InvalidInputError("There is no prompt; expected at least one.")
-        num_images = max((len(x) for x in (pixel_values, image_features) if x is not None), default=0)
+        num_images = max(
+            (len(x) for x in (pixel_values, image_features) if x is not None), default=0
+        )
         # With an image for every prompt or for none, the message can name the sample.
         has_image: bool | list[bool] = num_images > 0
         if 0 < num_images < len(prompts):
             has_image = [bool((ids == IMAGE_PLACEHOLDER_ID).any()) for ids in prompts]
-        check_prompt(prompts, has_image=has_image, vocab_size=self.manifest.geometry.vocab_size)
+        check_prompt(
+            prompts, has_image=has_image, vocab_size=self.manifest.geometry.vocab_size
+        )
         if pixel_values is not None and image_features is None:
             image_features = self.encode_images(pixel_values)
         if outputs is not None and len(outputs) != len(prompts):
             raise InvalidInputError(
                 f"output_ids is for {len(outputs)} samples, the prompts are {len(prompts)}."
             )
-        return assemble_prompt(prompts, image_features, self._lookup, outputs=outputs)
+        self._check_features(image_features)
+        rows = assemble_prompt(prompts, image_features, self._lookup, outputs=outputs)
+        num_outputs = 0 if outputs is None else outputs.shape[1]
+        longest = int(rows.lengths.max()) - num_outputs
+        if longest > self.max_length:
+            raise CapacityError(
+                f"The prompt has {longest} tokens ({int(rows.num_image.max())} of them image "
+                f"tokens), the session has room for {self.max_length}. Shorten the prompt or "
+                "load the bundle with a larger max_length."
+            )
+        return rows
+
+    def _check_features(self, image_features: np.ndarray | None) -> None:
+        if image_features is None:
+            return
+        geometry = self.manifest.geometry
+        shape = np.shape(image_features)
+        # A bare decoder does not know how many rows an image has.
+        num_rows = geometry.num_image_tokens or (shape[1] if len(shape) == 3 else "n")
+        if len(shape) != 3 or shape[1:] != (num_rows, geometry.hidden_size):
+            raise InvalidInputError(
+                f"image_features has shape {list(shape)}, expected [num_images, {num_rows}, "
+                f"{geometry.hidden_size}]. Use session.encode_images to make them."
+            )
 
     def _kept_lengths(self, rows: PromptRows) -> np.ndarray:
         """Return rows of each sample that go on from `sparse_layer`, [batch] int64."""
         sparsity = self.manifest.sparsity
-        dropped = [n - sparsity.num_kept_image_tokens(int(n)) if n else 0 for n in rows.num_image]
+        dropped = [
+            n - sparsity.num_kept_image_tokens(int(n)) if n else 0 for n in rows.num_image
+        ]
         return rows.lengths - np.array(dropped, np.int64)
 
     def _step(self, rows: PromptRows, kept_lengths: np.ndarray) -> StepInputs:
@@ -581,4 +643,3 @@ def _kept_image_indices(
     for sample, kept in enumerate(found):
         result[sample, : len(kept)] = kept
     return result
-

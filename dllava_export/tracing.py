@@ -62,7 +62,7 @@ def trace_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto
     config = checkpoint.text_config
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        decoder = Decoder(LlamaForCausalLM(config).to(dtype).eval())
+        decoder = Decoder(LlamaForCausalLM(config)).to(dtype=dtype).eval()
         example = (
             torch.zeros(2, 7, config.hidden_size, dtype=dtype),
             torch.zeros(2, 7, dtype=torch.long),
@@ -109,9 +109,10 @@ def trace_visual(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
     config = checkpoint.vision_config
     config._attn_implementation = "sdpa"
     size = config.image_size
+    assert isinstance(size, int)  # checked when the checkpoint was read
     with torch.device("meta"):
-        tower = CLIPVisionModel(config).to(dtype).eval()
-        visual = Visual(tower, _projector(checkpoint.projector).to(dtype).eval())
+        visual = Visual(CLIPVisionModel(config), _projector(checkpoint.projector))
+        visual = visual.to(dtype=dtype).eval()
         example = (torch.zeros(2, config.num_channels, size, size, dtype=dtype),)
     num_positions = checkpoint.num_image_tokens + 1
     position_ids = torch.arange(num_positions).unsqueeze(0)
@@ -161,6 +162,8 @@ def _trace(
     import onnxscript.optimizer
     import torch
 
+    from dllava_export.weights import CHECKPOINT_LOCATION
+
     with torch.no_grad(), quiet_exporter():
         program = torch.onnx.export(
             module,
@@ -173,40 +176,39 @@ def _trace(
             optimize=False,  # it would ask the meta device for data; done below
             verbose=False,
         )
+    assert program is not None
     model = program.model
-    weights = []
-    for value in list(model.graph.initializers.values()):
-        value.name = value.name.removeprefix(_TOWER)
+    weights: dict[str, tuple[ir.Value, ir.TensorProtocol]] = {}
     for name, value in list(model.graph.initializers.items()):
-        if not getattr(getattr(value.const_value, "raw", None), "is_meta", False):
+        tensor = value.const_value
+        if tensor is None or not getattr(getattr(tensor, "raw", None), "is_meta", False):
             continue
         buffer = next((data for key, data in buffers.items() if name.endswith(key)), None)
         if buffer is not None:
             value.const_value = ir.tensor(buffer.numpy(), name=name)
             continue
         # As graph inputs, weights are out of the optimizer's reach.
-        weights.append((value, value.const_value))
         value.const_value = None
         del model.graph.initializers[name]
         model.graph.inputs.append(value)
+        weights[name.removeprefix(_TOWER)] = value, tensor
     with quiet_exporter():
         onnxscript.optimizer.optimize_ir(model)
-    from dllava_export.weights import CHECKPOINT_LOCATION
-
-    for value, tensor in weights:
+    for name, (value, tensor) in weights.items():
         model.graph.inputs.remove(value)
         if not value.uses():  # such as the part of the tower above the feature layer
             continue
+        value.name = name
         value.const_value = ir.ExternalTensor(
             CHECKPOINT_LOCATION,
             None,
             None,
             tensor.dtype,
-            name=value.name,
-            shape=ir.Shape(tensor.shape),
+            name=name,
+            shape=ir.Shape(tensor.shape.numpy()),
             base_dir="",
         )
-        model.graph.initializers[value.name] = value
+        model.graph.initializers[name] = value
     proto = ir.serde.serialize_model(model)
     for entry in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input):
         del entry.metadata_props[:]  # PyTorch's source lines: of no use to anyone downstream

@@ -58,7 +58,8 @@ def find_decoder_layers(graph: gs.Graph) -> list[DecoderLayer]:
 
 def find_final_logits(graph: gs.Graph, last_layer: DecoderLayer) -> gs.Variable:
     """Return the one graph output that depends on the last layer and is not a cache."""
-    after = {id(t) for node in descendants(last_layer.hidden_out) for t in node.outputs}
+    hidden = last_layer.hidden_out
+    after = {id(t) for node in descendants(hidden) for t in node.outputs} | {id(hidden)}
     found = [tensor for tensor in graph.outputs if id(tensor) in after]
     if len(found) != 1:
         raise PreconditionError(
@@ -104,14 +105,15 @@ def _layer(index: int, attention: gs.Node) -> DecoderLayer:
 
 def _norm_before(attention: gs.Node) -> gs.Node | None:
     tensor = attention.inputs[0]
-    for ops in (("RotaryEmbedding",), ("Add",), ("MatMul", "Gemm")):
-        node = producer_of(tensor, *ops)
-        if node is not None:
-            tensor = next((t for t in node.inputs if isinstance(t, gs.Variable)), tensor)
-            if node.op == "Add":
-                products = (t for t in node.inputs if producer_of(t, "MatMul", "Gemm"))
-                tensor = next(products, tensor)
-    return producer_of(tensor, *_NORMS)
+    rotary = producer_of(tensor, "RotaryEmbedding")
+    if rotary is not None:
+        tensor = rotary.inputs[0]
+    bias = producer_of(tensor, "Add")
+    if bias is not None:
+        products = (t for t in bias.inputs if producer_of(t, "MatMul", "Gemm"))
+        tensor = next(products, tensor)
+    projection = producer_of(tensor, "MatMul", "Gemm")
+    return producer_of(projection.inputs[0], *_NORMS) if projection is not None else None
 
 
 def _residual_sum(tensor: gs.Variable, residual: gs.Tensor) -> gs.Variable | None:

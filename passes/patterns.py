@@ -32,10 +32,11 @@ def constant_values(tensor: gs.Tensor) -> np.ndarray | None:
     """Return the values of a constant held in the graph; None for variables and weights."""
     if not isinstance(tensor, gs.Constant):
         return None
-    lazy = tensor._values
-    if isinstance(lazy, LazyValues) and lazy.tensor.external_data:
-        return None
-    return np.asarray(tensor.values)
+    values = tensor._values
+    if not isinstance(values, LazyValues):
+        return np.asarray(values)
+    # Not `tensor.values`: that would load them for good and write them in another form.
+    return None if values.tensor.external_data else np.asarray(values.load())
 
 
 def scalar_value(tensor: gs.Tensor) -> float | None:
