@@ -23,9 +23,12 @@ import numpy as np
 
 from dllava_export import bundle
 from dllava_export.chat import IMAGE_PLACEHOLDER_ID
+from dllava_export.errors import BackendError
 from dllava_export.sparsity import Sparsity
 
 if TYPE_CHECKING:
+    import onnx
+
     from dllava_export.session import Session
 
 __all__ = ["BenchReport", "BenchSettings", "Measurement", "run_bench"]
@@ -162,6 +165,11 @@ def run_bench(
     settings = settings or BenchSettings()
     folder = Path(folder)
     manifest = bundle.read_manifest(folder)
+    if not manifest.has_visual:
+        raise BackendError(
+            f"{folder} has no vision tower; bench expects a bundle exported from a checkpoint, "
+            "whose prompts hold an image. Export one, with --random-weights if need be."
+        )
     left_out = []
     makers: dict[str, Callable[[], _Subject]] = {}
     if manifest.sparsity.is_dense:
@@ -382,7 +390,6 @@ def _load_torch(folder: Path) -> Any:
 
     import onnx
     import torch
-    from onnx import external_data_helper, numpy_helper
     from transformers import LlamaForCausalLM
 
     from dllava_export import checkpoint_config
@@ -398,22 +405,31 @@ def _load_torch(folder: Path) -> Any:
     dense = onnx.load(llm / bundle.DENSE_DECODER, load_external_data=False)
     state = {}
     for tensor in dense.graph.initializer:
-        if not tensor.name.endswith(".weight"):
-            continue
-        if tensor.external_data:
-            external_data_helper.load_external_data_for_tensor(tensor, str(llm))
-        state[tensor.name] = torch.from_numpy(numpy_helper.to_array(tensor).copy())
-        tensor.ClearField("raw_data")
+        if tensor.name.endswith((".weight", ".bias")):
+            state[tensor.name] = torch.from_numpy(_values(tensor, llm).copy())
     from dllava_export.weights import EmbeddingTable
 
     assert manifest.embedding is not None
     table = EmbeddingTable(llm, manifest.embedding).rows
     state["model.embed_tokens.weight"] = torch.from_numpy(np.array(table))
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # where tied
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.load_state_dict(state, assign=True, strict=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not stored
     return model.eval()
+
+
+def _values(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
+    """Read an initializer; onnx's own reader refuses hard links, which weights may be."""
+    import onnx
+
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    if not place:
+        return onnx.numpy_helper.to_array(tensor)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    path, offset = folder / place["location"], int(place["offset"])
+    return np.memmap(path, dtype, "r", offset, tuple(tensor.dims))
 
 
 def _prompt(settings: BenchSettings) -> np.ndarray:

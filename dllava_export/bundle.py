@@ -161,8 +161,8 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        version = document.pop("schema_version")
-    except (ValueError, KeyError, AttributeError) as error:
+        version = int(document.pop("schema_version"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path} is damaged ({error}). Export the bundle again.") from error
     if version != SCHEMA_VERSION:
         remedy = "Update dllava-export" if version > SCHEMA_VERSION else "Export it again"
@@ -173,7 +173,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     try:
         _check_files(folder, document.pop("files"), verify)
         return _manifest_from(document)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{path} is damaged ({error}). Export the bundle again.") from error
 
 

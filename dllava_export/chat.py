@@ -139,7 +139,7 @@ class ChatTokenizer:
                     "plain text, since the placeholder is added for the image. Remove it."
                 )
         if self._template == "vicuna_v1":
-            return _render_vicuna(prompt, with_image, history)
+            return _render_vicuna(prompt, history, 0 if with_image else None)
         return self._render_checkpoint(prompt, with_image, history)
 
     def encode(self, text: str) -> np.ndarray:
@@ -161,6 +161,37 @@ class ChatTokenizer:
         if self._bos_id is not None and ids[:1] != [self._bos_id]:
             ids = [self._bos_id, *ids]
         return np.array(ids, np.int64)
+
+    def encode_answered(
+        self, turns: Turns, *, image_turn: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the token ids of an answered conversation; for training, in `vicuna_v1`.
+
+        Args:
+            turns: (question, answer) pairs without image placeholders, oldest first.
+            image_turn: The question, 0-based, before which the image placeholder stands; None
+                without an image.
+
+        Returns:
+            [seq_len], int64: token ids as `encode` returns them.
+            [seq_len], bool: true where an answer or the `</s>` after it stands.
+        """
+        text = ""
+        spans = []
+        for number, (question, answer) in enumerate(turns):
+            asked = _render_vicuna(question, turns[:number], image_turn)
+            text = f"{asked} {answer}{_VICUNA_END_OF_ANSWER}"
+            spans.append((asked, text))
+        ids = self.encode(text)
+        is_answer = np.zeros(len(ids), bool)
+        for asked, answered in spans:
+            # Tokens up to the first that the text behind it changes: those the model is fed.
+            start, end = (
+                _num_shared(self.encode(part) if part != text else ids, ids)
+                for part in (asked, answered)
+            )
+            is_answer[start:end] = True
+        return ids, is_answer
 
     def encode_follow_up(self, prompt: str) -> np.ndarray:
         """Return the ids to feed on top of a KV cache for a further question.
@@ -384,14 +415,21 @@ def _check_sample(sample: int, ids: np.ndarray, has_image: bool, vocab_size: int
         )
 
 
-def _render_vicuna(prompt: str, with_image: bool, history: Turns) -> str:
+def _render_vicuna(prompt: str, history: Turns, image_turn: int | None) -> str:
     questions = [*(question for question, _ in history), prompt]
-    if with_image:
-        questions[0] = f"{IMAGE_PLACEHOLDER}\n{questions[0]}"
+    if image_turn is not None and image_turn < len(questions):
+        questions[image_turn] = f"{IMAGE_PLACEHOLDER}\n{questions[image_turn]}"
     text = f"{_VICUNA_SYSTEM} "
     for question, (_, answer) in zip(questions, history, strict=False):
         text += f"USER: {question} ASSISTANT: {answer}{_VICUNA_END_OF_ANSWER}"
     return f"{text}USER: {questions[-1]} ASSISTANT:"
+
+
+def _num_shared(start: np.ndarray, ids: np.ndarray) -> int:
+    """Return how many ids are the same from the start on."""
+    num = min(len(start), len(ids))
+    differs = np.flatnonzero(start[:num] != ids[:num])
+    return int(differs[0]) if differs.size else num
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

@@ -6,13 +6,14 @@ message explains, 2 wrong usage.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -111,6 +112,95 @@ def _options_from(values: dict[str, Any]) -> Any:
     if values["image_keep_rate"] is not None and values["image_keep_tokens"] is not None:
         raise click.UsageError("Give --image-keep-rate or --image-keep-tokens, not both.")
     return SparsityOptions(**values)
+
+
+def _training_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Options of `train-predictors` that are fields of `TrainingSettings`."""
+    count, amount = click.IntRange(min=1), click.FloatRange(min=0)
+    options = [
+        click.option("--steps", type=count, help="Optimizer steps, instead of --epochs."),
+        click.option(
+            "--epochs",
+            type=click.FloatRange(0, min_open=True),
+            default=1.0,
+            help="Passes over the data.",
+        ),
+        click.option("--batch-size", type=count, default=8, help="Records at once."),
+        click.option(
+            "--accumulation-steps", type=count, default=1, help="Batches that make one step."
+        ),
+        click.option(
+            "--predictor-lr", type=amount, default=2e-4, help="Learning rate of predictors."
+        ),
+        click.option(
+            "--model-lr",
+            type=amount,
+            default=5e-6,
+            help="Learning rate of language model and projector.",
+        ),
+        click.option(
+            "--warmup-ratio",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.03,
+            help="Share of the steps in which learning rates rise.",
+        ),
+        click.option("--freeze-model", is_flag=True, help="Train the predictors alone."),
+        click.option(
+            "--sparse-layer",
+            type=count,
+            help="First decoder layer, 0-based, that sees only kept tokens."
+            "  [default: the checkpoint's, else 2]",
+        ),
+        click.option(
+            "--image-keep-rate",
+            type=_RATE,
+            help="Share of image tokens to keep, in (0, 1].  [default: the checkpoint's, else "
+            "0.2]",
+        ),
+        click.option(
+            "--output-text-keep-rate",
+            type=_RATE,
+            help="Share of answer tokens to keep, in (0, 1].  [default: the checkpoint's, else "
+            "0.5]",
+        ),
+        click.option(
+            "--min-answer-tokens",
+            type=count,
+            default=50,
+            help="Answers shorter than this are kept whole.",
+        ),
+        click.option(
+            "--max-length",
+            type=count,
+            help="Tokens of a record, image included.  [default: the checkpoint's context]",
+        ),
+        click.option("--seed", type=click.IntRange(min=0), default=0),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "fp16", "bf16"]),
+            help="Of the checkpoint written.  [default: the checkpoint's]",
+        ),
+        click.option(
+            "--compute-precision",
+            type=click.Choice(["fp32", "bf16"]),
+            help="bf16 is mixed precision.  [default: bf16 on CUDA, else fp32]",
+        ),
+        click.option(
+            "--gradient-checkpointing",
+            is_flag=True,
+            help="Compute layers twice instead of storing what they computed.",
+        ),
+        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:1."),
+        click.option(
+            "--checkpoint-every",
+            type=click.IntRange(min=0),
+            default=500,
+            help="Steps between two training states, for --resume; 0 for none.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 @click.group(
@@ -213,6 +303,13 @@ def sparsify(
     click.echo(report.to_text())
 
 
+def _check_folder(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a file that could not be written before the work is done, not after it."""
+    if value is not None and not value.absolute().parent.is_dir():
+        raise click.BadParameter(f"folder '{value.parent}' does not exist.")
+    return value
+
+
 def _parse_ids(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
     if value is None:
         return None
@@ -274,8 +371,6 @@ def run(
     if (prompt is None) == (input_ids is None):
         raise click.UsageError("Give either --prompt or --input-ids, one of the two.")
 
-    import dataclasses
-
     from dllava_export.session import check_image_choice, load
 
     session = load(bundle, backend, num_threads=threads)
@@ -318,23 +413,37 @@ def run(
     show_default=True,
     help="Generated tokens.",
 )
+@click.option(
+    "--image-tokens",
+    type=click.IntRange(min=0),
+    help="Image tokens of the prompt.  [default: the bundle's; 0 for a bare decoder]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
+    callback=_check_folder,
     help="Draw rows and KV bytes per layer into this file (.png, .svg, .pdf).",
 )
 @_reports_errors
 def inspect(
-    bundle: Path, prompt_len: int, output_len: int, as_json: bool, plot: Path | None
+    bundle: Path,
+    prompt_len: int,
+    output_len: int,
+    image_tokens: int | None,
+    as_json: bool,
+    plot: Path | None,
 ) -> None:
     """Say what BUNDLE is: passes, rows per layer, KV bytes and FLOPs, dense against sparse."""
     from dllava_export.bundle import DECODER, read_manifest
     from dllava_export.inspection import inspect_geometry, plot_report
 
     manifest = read_manifest(bundle)
+    geometry = manifest.geometry
+    if image_tokens is not None:
+        geometry = dataclasses.replace(geometry, num_image_tokens=image_tokens)
     report = inspect_geometry(
-        manifest.geometry,
+        geometry,
         manifest.sparsity,
         prompt_text_len=prompt_len,
         output_len=output_len,
@@ -374,6 +483,7 @@ def inspect(
     "--json",
     "json_file",
     type=click.Path(dir_okay=False, path_type=Path),
+    callback=_check_folder,
     help="Write all numbers to this file too.",
 )
 @click.pass_obj
@@ -403,6 +513,61 @@ def bench(
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         click.echo(f"Wrote {json_file}")
+
+
+@main.command(
+    name="train-predictors",
+    cls=_Command,
+    context_settings={"show_default": True},
+    epilog="dllava-export train-predictors llava-v1.5-7b chats.json out --freeze-model",
+)
+@click.argument("checkpoint")
+@click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--image-folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="What names of images in DATA start from.  [default: DATA's folder]",
+)
+@click.option(
+    "--on-bad-record",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    help="Stop at the first record that cannot be used, or skip and count them.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the last training state in OUT.")
+@_training_options
+@click.pass_obj
+@_reports_errors
+def train_predictors(
+    obj: dict[str, Any],
+    checkpoint: str,
+    data: Path,
+    out: Path,
+    image_folder: Path | None,
+    on_bad_record: Literal["stop", "skip"],
+    resume: bool,
+    **settings: Any,
+) -> None:
+    """Train CHECKPOINT's predictors on DATA and write the Dynamic-LLaVA checkpoint OUT.
+
+    CHECKPOINT is a LLaVA-1.5 or Dynamic-LLaVA folder or hub id; predictors that it lacks start
+    at random. DATA is LLaVA's JSON of conversations about images. Language model and projector
+    are trained along unless --freeze-model is given. OUT holds the log and a plot of it too.
+    """
+    from dllava_export import training
+
+    report = training.train_predictors(
+        checkpoint,
+        data,
+        out,
+        training.TrainingSettings(**settings),
+        image_folder=image_folder,
+        on_bad_record=on_bad_record,
+        resume=resume,
+        progress=obj["progress"],
+    )
+    click.echo(report.to_text())
 
 
 @main.command(cls=_Command, epilog="dllava-export doctor")

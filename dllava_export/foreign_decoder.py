@@ -281,7 +281,6 @@ def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     import onnx
     import onnx_ir as ir
-    from onnx_ir.passes import common
 
     del model.graph.value_info[:]
     for output in model.graph.output:
@@ -296,8 +295,7 @@ def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
         examples.append(example)
     _merge(symbolic, examples)
     _read_sizes_off_inputs(symbolic)
-    _optimise(symbolic)
-    common.CommonSubexpressionEliminationPass()(symbolic)
+    _optimise(symbolic, merge_equal=True)
     tidy = ir.serde.serialize_model(symbolic)
     for entry in (*tidy.graph.node, *tidy.graph.value_info, *tidy.graph.input):
         del entry.metadata_props[:]  # an exporter's source lines: of no use from here on
@@ -325,8 +323,8 @@ def _with_input_sizes(
     return copy
 
 
-def _optimise(model: ir.Model) -> None:
-    """Fold and tidy up, out of reach of weights."""
+def _optimise(model: ir.Model, *, merge_equal: bool = False) -> None:
+    """Fold and tidy up, out of reach of weights; keep the names of equal values, or merge them."""
     import onnx_ir as ir
     import onnxscript.optimizer
     from onnx_ir.passes import common
@@ -335,6 +333,7 @@ def _optimise(model: ir.Model) -> None:
 
     weights: list[tuple[ir.Value, ir.TensorProtocol]] = []
     with quiet_exporter():
+        common.InlinePass()(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         for name, value in list(model.graph.initializers.items()):
             if not isinstance(value.const_value, ir.ExternalTensor):
@@ -344,7 +343,13 @@ def _optimise(model: ir.Model) -> None:
             value.const_value = None
             del model.graph.initializers[name]
             model.graph.inputs.append(value)
-        onnxscript.optimizer.optimize_ir(model)
+        # Not optimize_ir: its rewriting takes minutes at 32 layers and is of no use here.
+        onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+        common.IdentityEliminationPass()(model)
+        if merge_equal:
+            common.DeduplicateInitializersPass()(model)
+            common.CommonSubexpressionEliminationPass()(model)
+        common.RemoveUnusedNodesPass()(model)
     for value, tensor in weights:
         model.graph.inputs.remove(value)
         if value.uses():

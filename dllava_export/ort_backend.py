@@ -22,6 +22,7 @@ __all__ = ["OrtBackend", "StepInputs", "StepOutputs", "lowered_model", "open_ses
 logger = logging.getLogger(__name__)
 
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+_HEAD_DIM_MULTIPLE = 8  # of GroupQueryAttention on the CPU
 
 
 @dataclasses.dataclass
@@ -97,6 +98,12 @@ class OrtBackend:
             raise BackendError(
                 "The bundle is in bf16, which ONNX Runtime has no CPU kernels for. Export with "
                 "--precision fp16 or fp32."
+            )
+        head_dim = manifest.geometry.head_dim
+        if head_dim % _HEAD_DIM_MULTIPLE:
+            raise BackendError(
+                f"The decoder has heads of {head_dim}, ONNX Runtime's attention takes multiples "
+                f"of {_HEAD_DIM_MULTIPLE}. Use a checkpoint with another head_dim."
             )
         self._folder = folder
         self._manifest = manifest

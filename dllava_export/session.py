@@ -245,6 +245,7 @@ class Session:
 
         Rows from `cache_lengths[layer]` on mean nothing. Keys are after rotary embedding.
         """
+        assert self.kv_plan  # there is none before a prefill
         return self._backend.cache(layer)
 
     def prefill(
@@ -306,12 +307,12 @@ class Session:
 
         Raises:
             CapacityError: If an active sample's cache is full.
-            InvalidInputError: If `token_ids` or `active` is not one for each sample, or an id
-                is not in the vocabulary.
+            InvalidInputError: If there is no cache yet, `token_ids` or `active` is not one for
+                each sample, or an id is not in the vocabulary.
         """
         ids = np.asarray(token_ids, np.int64)
-        batch = len(self._full)
-        if ids.shape != (batch,) or batch == 0:
+        batch = self.kv_plan.batch
+        if ids.shape != (batch,):
             raise InvalidInputError(
                 f"decode got token ids of shape {ids.shape}, expected ({batch},): one for each "
                 "sample of the last prefill."
@@ -365,11 +366,12 @@ class Session:
             CapacityError: If it does not fit.
             InvalidInputError: If there is no cache yet, or an image in the prompt.
         """
+        batch = self.kv_plan.batch
         prompts = self._normalised(input_ids)
-        if len(prompts) != len(self._full) or not prompts:
+        if len(prompts) != batch:
             raise InvalidInputError(
-                f"extend got {len(prompts)} prompts, expected {len(self._full)}: one for each "
-                "sample of the last prefill."
+                f"extend got {len(prompts)} prompts, expected {batch}: one for each sample of "
+                "the last prefill."
             )
         check_prompt(prompts, has_image=False, vocab_size=self.manifest.geometry.vocab_size)
         rows = assemble_prompt(prompts, None, self._lookup)

@@ -77,12 +77,12 @@ class Sparsity:
         return not self.is_dense and self.output_text_keep_rate < 1
 
     def num_kept_image_tokens(self, num_image_tokens: int) -> int:
-        """Return how many of `num_image_tokens` survive.
+        """Return how many of `num_image_tokens` survive; 0 of 0, where there is no image.
 
         Raises:
             ValueError: If that would be none, or more than there are.
         """
-        if self.is_dense:
+        if self.is_dense or num_image_tokens == 0:
             return num_image_tokens
         if self.image_keep_tokens is None:
             kept = num_kept_tokens(num_image_tokens, self.image_keep_rate)

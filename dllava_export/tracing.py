@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dllava_export.checkpoint import Checkpoint, ProjectorConfig
 
-__all__ = ["quiet_exporter", "trace_decoder", "trace_visual"]
+__all__ = ["projector_module", "quiet_exporter", "trace_decoder", "trace_visual"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def trace_visual(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
     size = config.image_size
     assert isinstance(size, int)  # checked when the checkpoint was read
     with torch.device("meta"):
-        visual = Visual(CLIPVisionModel(config), _projector(checkpoint.projector))
+        visual = Visual(CLIPVisionModel(config), projector_module(checkpoint.projector))
         visual = visual.to(dtype=dtype).eval()
         example = (torch.zeros(2, config.num_channels, size, size, dtype=dtype),)
     num_positions = checkpoint.num_image_tokens + 1
@@ -126,7 +126,7 @@ def trace_visual(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
     )
 
 
-def _projector(config: ProjectorConfig) -> torch.nn.Sequential:
+def projector_module(config: ProjectorConfig) -> torch.nn.Sequential:
     """Return Linear, (activation, Linear)...: as numbered in the original checkpoints."""
     import torch
     from transformers.activations import ACT2FN

@@ -53,7 +53,7 @@ class Pass:
             (field.name, getattr(self, field.name)) for field in dataclasses.fields(self)
         )
         return {
-            k: v for k, v in values if v is None or isinstance(v, bool | int | float | str)
+            k: v for k, v in values if isinstance(v, bool | int | float | str)
         }
 
 

@@ -81,8 +81,8 @@ def _layer(index: int, attention: gs.Node) -> DecoderLayer:
     if norm is None:
         raise PreconditionError(
             f"Decoder layer {index}: the query of {attention.name!r} does not come from a "
-            f"norm through one projection; expected {' or '.join(_NORMS)}, MatMul and, at most, a "
-            "bias and a rotary embedding."
+            f"norm through one projection; expected {' or '.join(_NORMS)}, MatMul and, at most, "
+            "a bias and a rotary embedding."
         )
     hidden_in = norm.inputs[0]
     hidden_mid = _residual_sum(attention.outputs[0], hidden_in)

@@ -185,8 +185,9 @@ def _match_softmax(node: gs.Node) -> _Found | None:
 
 
 def _skip(tensor: gs.Tensor, *ops: str) -> gs.Tensor:
-    node = producer_of(tensor, *ops)
-    return node.inputs[0] if node is not None else tensor
+    while (node := producer_of(tensor, *ops)) is not None:
+        tensor = node.inputs[0]
+    return tensor
 
 
 def _without_nan_guard(tensor: gs.Tensor) -> gs.Tensor:

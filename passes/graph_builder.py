@@ -82,7 +82,7 @@ class GraphBuilder:
     ) -> list[gs.Variable]:
         """Add a node with several outputs, each given as (what, dtype, shape)."""
         results = [
-            gs.Variable(self._name(what), dtype=np.dtype(dtype), shape=list(shape))
+            gs.Variable(self._name(what), dtype=_element_type(dtype), shape=list(shape))
             for what, dtype, shape in outputs
         ]
         if domain == names.DOMAIN:
@@ -104,7 +104,7 @@ class GraphBuilder:
         """Return the graph input of that name, adding it where it is missing."""
         found = find_input(self.graph, name)
         if found is None:
-            found = gs.Variable(name, dtype=np.dtype(dtype), shape=list(shape))
+            found = gs.Variable(name, dtype=_element_type(dtype), shape=list(shape))
             self.graph.inputs.append(found)
         return found
 
@@ -112,6 +112,11 @@ class GraphBuilder:
         """Make a value a graph output under a public name."""
         value.name = name
         self.graph.outputs.append(value)
+
+
+def _element_type(dtype: npt.DTypeLike | int) -> np.dtype | int:
+    """Return a dtype as graphsurgeon has it: ONNX's own number where NumPy knows no such type."""
+    return dtype if isinstance(dtype, int) else np.dtype(dtype)
 
 
 def find_input(graph: gs.Graph, name: str) -> gs.Variable | None:

@@ -7,7 +7,7 @@ Before:  MatMul(x, Transpose(weight))
 After:   com.microsoft::FusedMatMul(x, weight, transB=1), which reads the weight as stored
 
 Requires  nothing.
-Ensures   no KVCacheAttention is left.
+Ensures   no KVCacheAttention is left whose heads the kernel takes: widths that 8 divides.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dllava_export.passes.patterns import is_transpose, producer
 __all__ = ["LowerForOnnxRuntimePass"]
 
 _MICROSOFT = "com.microsoft"
+_HEAD_DIM_UNIT = 8  # GroupQueryAttention refuses heads of other widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LowerForOnnxRuntimePass(Pass):
 
     def apply(self, graph: gs.Graph) -> bool:
         """Lower every match; return True where there was one."""
-        attentions = [node for node in graph.nodes if node.op == "KVCacheAttention"]
+        attentions = [node for node in graph.nodes if _is_cached_attention(node)]
         lengths: dict[tuple[int, int], tuple[gs.Variable, gs.Variable]] = {}
         for node in attentions:
             key = id(node.inputs[5]), id(node.inputs[6])
@@ -51,8 +52,12 @@ class LowerForOnnxRuntimePass(Pass):
     def ensures(self, graph: gs.Graph) -> None:
         """No op may be left that this pass replaces."""
         for node in graph.nodes:
-            if node.op == "KVCacheAttention":
+            if _is_cached_attention(node):
                 raise PostconditionError(f"{node.name!r} was not lowered.")
+
+
+def _is_cached_attention(node: gs.Node) -> bool:
+    return node.op == "KVCacheAttention" and node.inputs[3].shape[-1] % _HEAD_DIM_UNIT == 0
 
 
 def _reads_stored_weight(node: gs.Node) -> bool:

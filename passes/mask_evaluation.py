@@ -66,7 +66,13 @@ def evaluate_example(
 
 def _cut_out(graph: gs.Graph, mask: gs.Tensor) -> gs.Graph:
     nodes: dict[int, gs.Node] = {}
-    pending = [producer(mask)]  # none where the mask is a constant or an input
+    if any(tensor is mask for tensor in graph.inputs):
+        raise PreconditionError(
+            f"The attention mask is the graph input {mask.name!r}, which may mean anything; "
+            "expected one computed from shapes, positions and padding. Export with "
+            "attention_mask [batch, rows], or without."
+        )
+    pending = [producer(mask)]  # none where the mask is a constant
     while pending:
         node = pending.pop()
         if node is None or id(node) in nodes:
@@ -92,7 +98,7 @@ def _run(graph: gs.Graph, batch: int, rows: int) -> np.ndarray:
 
     feeds = {}
     for tensor in graph.inputs:
-        shape = [batch, rows, *(int(d) for d in tensor.shape[2:])]
+        shape = [batch, rows, *(d if isinstance(d, int) else rows for d in tensor.shape[2:])]
         if tensor.name == "position_ids":
             feeds[tensor.name] = np.tile(np.arange(rows, dtype=tensor.dtype), (batch, 1))
         else:  # an attention mask of ones means no padding; embeddings only lend their shape

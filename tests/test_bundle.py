@@ -112,7 +112,9 @@ def test_reports_a_path_that_is_no_folder(tmp_path):
 )
 def test_reports_a_damaged_manifest(folder, content):
     (folder / MANIFEST).write_bytes(content)
-    with pytest.raises(BundleError, match=rf"{MANIFEST} is damaged \(.*\)\. Export the bundle"):
+    with pytest.raises(
+        BundleError, match=rf"{MANIFEST} is damaged \(.*\)\. Export the bundle"
+    ):
         read_manifest(folder)
 
 
@@ -153,7 +155,9 @@ def test_reports_another_schema_version(folder, version, remedy):
 
 def test_reports_a_missing_file(folder):
     (folder / "llm" / "model.onnx").unlink()
-    with pytest.raises(BundleError, match=r"out lacks llm/model\.onnx\. Copy the whole bundle"):
+    with pytest.raises(
+        BundleError, match=r"out lacks llm/model\.onnx\. Copy the whole bundle"
+    ):
         read_manifest(folder)
 
 
@@ -291,7 +295,10 @@ def test_refuses_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_a_folder_that_was_filled_meanwhile_stays(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(BundleError, match=r"out failed: .*not empty"), new_bundle(out) as folder:
+    with (
+        pytest.raises(BundleError, match=r"out failed: .*not empty"),
+        new_bundle(out) as folder,
+    ):
         (folder / "ours").write_text("ours")
         out.mkdir()
         (out / "theirs").write_text("theirs")

@@ -154,6 +154,33 @@ def test_bos_of_a_tokenizer_json(words):
     assert vicuna(words).encode_follow_up("the cat").tolist() == [2, 6, 7, 4, 5, 8, 7]
 
 
+def test_answers_are_what_follows_the_prompts_that_the_model_is_fed(original):
+    chat = vicuna(original)
+    turns = [("what is it?", "a cat"), ("is it red?", "no")]
+    ids, is_answer = chat.encode_answered(turns, image_turn=0)
+    prompt = chat.encode(chat.render("what is it?", with_image=True)).tolist()
+    follow_up = chat.encode_follow_up("is it red?").tolist()
+    assert ids[: len(prompt)].tolist() == prompt
+    assert not is_answer[: len(prompt)].any()
+    edges = np.flatnonzero(np.diff(is_answer, prepend=False, append=False))
+    first, second = (slice(*edge) for edge in edges.reshape(-1, 2))
+    assert chat.decode(ids[first]) == "a cat"
+    assert chat.decode(ids[second]) == "no"
+    # A follow-up starts with the </s> that the answer before it was labelled with.
+    assert ids[first.stop - 1 : second.start].tolist() == follow_up
+    assert ids[-1] == ids[first.stop - 1] == chat.eos_token_ids[0]
+    assert is_answer[-1]
+
+
+def test_the_image_of_an_answered_conversation_stands_before_its_question(words):
+    turns = [("cat", "cat"), ("what", "the")]
+    ids, is_answer = vicuna(words).encode_answered(turns, image_turn=1)
+    assert ids[-9:].tolist() == [2, 6, 7, -200, 9, 8, 7, 4, 2]
+    assert is_answer[-9:].tolist() == [True] + [False] * 6 + [True] * 2
+    without, _ = vicuna(words).encode_answered(turns, image_turn=None)
+    assert -200 not in without
+
+
 def test_checkpoint_template(words):
     chat = checkpoint(words)
     text = chat.render("what", with_image=True, history=[("the cat", "cat")])

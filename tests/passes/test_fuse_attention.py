@@ -19,7 +19,8 @@ CONSTANTS = """int64[4] q_heads = {0, 0, 2, 4}, int64[4] kv_heads = {0, 0, 1, 4}
     int64[1] axis_1 = {1}, int64[1] axis_2 = {2}, int64[2] axes_1_2 = {1, 2},
     int64[5] two_times = {1, 1, 2, 1, 1}, int64[0] scalar = {}, int64 zero = {0}, int64 one = {1},
     int64 narrow = {3}, int64 wide = {100}, float half = {0.5}, float root = {1.4142135},
-    float none = {0}, float all = {-3.0e38}"""
+    float none = {0}, float all = {-3.0e38}, int64[1] minus_one = {-1}, int64[1] four = {4},
+    int64[1] two_heads = {2}, int64[1] last_axis = {-1}"""
 HEADS = """
     q_rows = Reshape (q, q_heads)
     k_rows = Reshape (k, {heads})
@@ -71,8 +72,34 @@ SCALED_INPUTS = """
     probabilities = Softmax <axis = -1> (scores)
     attended = MatMul (probabilities, v4)
 """
+NAN_GUARD = """
+    is_nan = IsNaN (raw)
+    probabilities = Where (is_nan, none, raw)
+"""
+GUARDED = SOFTMAX.replace(
+    "probabilities = Softmax <axis = -1> (scores)",
+    "raw = Softmax <axis = -1> (scores)" + NAN_GUARD,
+)
+KEY_BY_THREE_AXES = """
+    key_rows = Shape <start = 2, end = 3> (k4)
+    key_batch = Shape <start = 0, end = 1> (k4)
+    three = Concat <axis = 0> (minus_one, key_rows, four)
+    back = Concat <axis = 0> (key_batch, two_heads, four, key_rows)
+    k3 = Reshape (k4, three)
+    k3_t = Transpose <perm = [0, 2, 1]> (k3)
+    k_t = Reshape (k3_t, back)
+"""
+EMPTY_ROWS = """
+    visible_number = Cast <to = 1> (visible)
+    best = ReduceMax <keepdims = 1> (visible_number, last_axis)
+    nothing = Less (best, half)
+"""
+ROW_GUARD = EMPTY_ROWS + "attended = Where (nothing, none, raw_attended)"
 FLOAT_MASK = MASK + PADDED
-FUSED = "y = Attention <is_causal = 1, q_num_heads = 2, kv_num_heads = {kv}, scale = 0.5> ({q}, {k}, v)"
+FUSED = """
+    y = Attention <is_causal = 1, q_num_heads = 2, kv_num_heads = {kv}, scale = 0.5>
+        ({q}, {k}, v)
+"""
 ROTATED = """
     q_turned = RotaryEmbedding <interleaved = 0> (q4, cos, sin)
     k_turned = RotaryEmbedding <interleaved = 0> (k4, cos, sin)
@@ -123,6 +150,35 @@ FORMS = [
     ),
     pytest.param(SOFTMAX_FORM, id="softmax"),
     pytest.param(
+        Form(
+            HEADS + FLOAT_MASK + GUARDED.format(k="k4", v="v4") + MERGE,
+            dropped=ATTENTION_MASK,
+        ),
+        id="softmax with a guard against NaN",
+    ),
+    pytest.param(
+        Form(
+            HEADS
+            + FLOAT_MASK
+            + KEY_BY_THREE_AXES
+            + "".join(SOFTMAX.splitlines(keepends=True)[2:]).format(v="v4")
+            + MERGE,
+            dropped=ATTENTION_MASK,
+        ),
+        id="softmax of a key turned on three axes",
+    ),
+    pytest.param(
+        Form(
+            HEADS
+            + FLOAT_MASK
+            + MASKED_OP.replace("attended", "raw_attended")
+            + ROW_GUARD
+            + MERGE,
+            dropped=ATTENTION_MASK,
+        ),
+        id="op with a guard for rows that see nothing",
+    ),
+    pytest.param(
         Form(HEADS + FLOAT_MASK + SCALED_INPUTS + MERGE, dropped=ATTENTION_MASK),
         id="softmax of scaled query and key",
     ),
@@ -153,8 +209,17 @@ FORMS = [
     ),
 ]
 
-WINDOW = "start = Sub (row, {width}) causal = LessOrEqual (column, row) near = Greater (column, start) mask = And (causal, near)"
-PREFIX = "causal = LessOrEqual (column, row) first = Less (column, narrow) mask = Or (causal, first)"
+WINDOW = """
+    start = Sub (row, {width})
+    causal = LessOrEqual (column, row)
+    near = Greater (column, start)
+    mask = And (causal, near)
+"""
+PREFIX = """
+    causal = LessOrEqual (column, row)
+    first = Less (column, narrow)
+    mask = Or (causal, first)
+"""
 BOTH_WAYS = (
     "past = LessOrEqual (column, row) future = Greater (column, row) mask = Or (past, future)"
 )
@@ -175,7 +240,13 @@ NOT_CAUSAL = [
     ),
     pytest.param("mask = GreaterOrEqual (row, zero)", "its shape is [5, 1]", id="one column"),
 ]
+ALWAYS = "always = Equal (row, row) attended = Where (always, none, raw_attended)"
 UNKNOWN = [
+    pytest.param(
+        HEADS + CAUSAL + MASKED_OP.replace("attended", "raw_attended") + ALWAYS + MERGE,
+        "The output of attention '' is set to zero where 'always' holds, and without padding",
+        id="output set to zero",
+    ),
     pytest.param(
         "y = Relu (q)", "No attention was recognised. Expected Attention nodes", id="none"
     ),
@@ -248,9 +319,18 @@ def test_refuses_masks_that_are_not_causal(mask: str, message: str) -> None:
     assert str(caught.value).startswith("The mask 'mask' of attention '' is not causal:")
 
 
+def test_refuses_a_mask_that_is_an_input() -> None:
+    mask = ", float[batch, 1, rows, rows] mask"
+    model = OP_FORM.model(HEADS + MASKED_OP + MERGE, mask)
+    message = "^The attention mask is the graph input 'mask', which may mean anything"
+    with pytest.raises(PreconditionError, match=message):
+        helpers.apply(model, FuseAttentionPass())
+
+
 @pytest.mark.parametrize(("nodes", "message"), UNKNOWN)
 def test_refuses_what_later_passes_cannot_keep(nodes: str, message: str) -> None:
-    text = f"({VALUES.format(kv=8)}) => ({OUTPUT}) <{CONSTANTS}> {{{nodes.replace('{heads}', 'q_heads')}}}"
+    nodes = nodes.replace("{heads}", "q_heads")
+    text = f"({VALUES.format(kv=8)}) => ({OUTPUT}) <{CONSTANTS}> {{{nodes}}}"
     model = helpers.model_from_text(text, helpers.random_weights(bias=(5, 5)))
     for tensor in model.graph.initializer:
         if tensor.name == "bias":

@@ -55,18 +55,20 @@ def test_second_run_changes_nothing() -> None:
 def test_refuses_a_graph_without_layers() -> None:
     model = helpers.model_from_text("(float[b, r, 8] x) => (float[b, r, 8] y) {y = Relu (x)}")
     with pytest.raises(
-        PreconditionError, match="^The graph has no causal attention over rows"
+        PreconditionError, match=r"^The graph has no causal attention over rows"
     ):
         helpers.apply(model, GatherLastRowPass())
 
 
 def test_refuses_further_outputs() -> None:
-    with pytest.raises(PreconditionError, match="^2 graph outputs depend on the last decoder"):
+    with pytest.raises(
+        PreconditionError, match=r"^2 graph outputs depend on the last decoder"
+    ):
         helpers.apply(with_second_output(), GatherLastRowPass())
 
 
 def test_reports_logits_of_all_rows() -> None:
-    with pytest.raises(PostconditionError, match="^The first output is 'logits' of shape"):
+    with pytest.raises(PostconditionError, match=r"^The first output is 'logits' of shape"):
         GatherLastRowPass().ensures(graph_from_model(dense()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import helpers
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
@@ -20,10 +21,10 @@ TYPES = {
 }
 
 
-def run_op(
+def op_model(
     op: str, outputs: dict[str, type], feeds: dict[str, np.ndarray], **attributes: object
-) -> list[np.ndarray]:
-    """Run a node of this domain alone; inputs in the order of `feeds`, ranks as given."""
+) -> onnx.ModelProto:
+    """Return a model of one node; inputs in the order of `feeds`, with their ranks."""
     inputs = [
         helper.make_tensor_value_info(name, TYPES[values.dtype], [None] * values.ndim)
         for name, values in feeds.items()
@@ -36,13 +37,19 @@ def run_op(
     node = helper.make_node(
         op, list(feeds), list(outputs), domain=names.DOMAIN, **attributes, **plugin
     )
-    model = helper.make_model(
+    return helper.make_model(
         helper.make_graph([node], "op", inputs, results),
         opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid(names.DOMAIN, 1)],
         functions=[function_proto(op)],
         ir_version=11,
     )
-    return list(helpers.run(model, feeds).values())
+
+
+def run_op(
+    op: str, outputs: dict[str, type], feeds: dict[str, np.ndarray], **attributes: object
+) -> list[np.ndarray]:
+    """Run a node of this domain alone."""
+    return list(helpers.run(op_model(op, outputs, feeds, **attributes), feeds).values())
 
 
 @pytest.mark.parametrize("op", FUNCTION_TEXTS)
@@ -168,23 +175,6 @@ def test_gathers_the_last_valid_row() -> None:
 # PredictorHead
 
 
-def gelu(x: np.ndarray) -> np.ndarray:
-    from math import erf
-
-    return x * 0.5 * (1 + np.vectorize(erf, otypes=[np.float64])(x / np.sqrt(2)))
-
-
-def predictor_head(x: np.ndarray, parameters: list[np.ndarray], epsilon: float) -> np.ndarray:
-    """Return logits [..., 2] in float64."""
-    x = x.astype(np.float64)
-    norm_weight, norm_bias, *linears = (p.astype(np.float64) for p in parameters)
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
-    x = x * norm_weight + norm_bias
-    for weight, bias in zip(linears[:-2:2], linears[1:-2:2], strict=True):
-        x = gelu(x @ weight.T + bias)
-    return x @ linears[-2].T + linears[-1]
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("rows", [0, 1, 7])
 def test_predictor_head_scores_rows(rows: int, dtype: type) -> None:
@@ -197,7 +187,7 @@ def test_predictor_head_scores_rows(rows: int, dtype: type) -> None:
     feeds = {"hidden": hidden} | {f"p{i}": p for i, p in enumerate(parameters)}
     outputs = {"scores": np.float32, "keep": bool}
     scores, keep = run_op("PredictorHead", outputs, feeds, epsilon=1e-5)
-    logits = predictor_head(hidden, parameters, 1e-5)
+    logits = helpers.predictor_head(hidden, parameters)
     helpers.assert_close(scores, logits[..., 0].astype(np.float32))
     assert keep.tolist() == (logits[..., 0] > logits[..., 1]).tolist()
 
@@ -282,13 +272,28 @@ def test_writes_the_cache_and_attends_to_it(
         helpers.assert_close(result, expected.astype(np.float32))
 
 
+KV_OUTPUTS = ("output", "present_key", "present_value")
+
+
+def kv_model(feeds: dict[str, np.ndarray], num_heads: int, kv_heads: int) -> onnx.ModelProto:
+    outputs = dict.fromkeys(KV_OUTPUTS, feeds["query"].dtype.type)
+    attributes = {"num_heads": num_heads, "kv_num_heads": kv_heads, "scale": 0.5}
+    return op_model("KVCacheAttention", outputs, feeds, **attributes)
+
+
 def run_kv(
     feeds: dict[str, np.ndarray], num_heads: int = 2, kv_heads: int = 1
 ) -> list[np.ndarray]:
-    dtype = feeds["query"].dtype.type
-    outputs = dict.fromkeys(("output", "present_key", "present_value"), dtype)
-    attributes = {"num_heads": num_heads, "kv_num_heads": kv_heads, "scale": 0.5}
-    return run_op("KVCacheAttention", outputs, feeds, **attributes)
+    return list(helpers.run(kv_model(feeds, num_heads, kv_heads), feeds).values())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_past_and_present_may_be_one_buffer(rows: int) -> None:
+    feeds = cache_feeds(rows, [4, 1], [rows, rows])
+    shared = {"present_key": "past_key", "present_value": "past_value"}
+    actual = helpers.Runner(kv_model(feeds, 2, 1)).in_place(feeds, shared)
+    for name, expected in zip(KV_OUTPUTS, run_kv(feeds), strict=True):
+        assert (actual[name] == expected).all()
 
 
 def test_half_precision_is_close() -> None:

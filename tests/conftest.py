@@ -1,0 +1,121 @@
+"""Bundles of the golden checkpoints, exported once for all tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from golden import DATA
+
+from dllava_export import tracing
+from dllava_export.checkpoint import Checkpoint, read_checkpoint
+from dllava_export.export import SparsityOptions, export
+from dllava_export.session import Session, load
+from dllava_export.sparsify import sparsify
+
+VOCAB_SIZE = 131
+SPECIAL_WORDS = ("<unk>", "<s>", "</s>")
+
+
+class Bundles:
+    """Bundles and sessions by what they are, each made when it is first asked for.
+
+    `mha` has a tokenizer of words `w3` to `w130`, `gqa` has none. A precision needs an export of
+    its own; other settings of sparsity come from the exported bundle by `sparsify`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._paths: dict[tuple, Path] = {}
+        self._sessions: dict[tuple, Session] = {}
+
+    def path(self, checkpoint: str, precision: str = "fp32", **sparsity: object) -> Path:
+        """Return a bundle; tests must not change it."""
+        key = (checkpoint, precision, *sorted(sparsity.items()))
+        if key not in self._paths:
+            base = self.path(checkpoint, precision) if sparsity else None
+            out = self._folder / f"{checkpoint}_{len(self._paths)}"
+            if base is not None:
+                sparsify(base, out, SparsityOptions(**sparsity))
+            else:
+                export(read_checkpoint(self._checkpoint(checkpoint)), out, precision=precision)
+            self._paths[key] = out
+        return self._paths[key]
+
+    def session(self, checkpoint: str, precision: str = "fp32", **sparsity: object) -> Session:
+        """Return a session that tests share: each starts it anew with a prefill."""
+        key = (checkpoint, precision, *sorted(sparsity.items()))
+        if key not in self._sessions:
+            self._sessions[key] = self.fresh_session(checkpoint, precision, **sparsity)
+        return self._sessions[key]
+
+    def fresh_session(
+        self,
+        checkpoint: str,
+        precision: str = "fp32",
+        *,
+        max_length: int | None = None,
+        **sparsity: object,
+    ) -> Session:
+        """Return a session of the test's own."""
+        path = self.path(checkpoint, precision, **sparsity)
+        return load(path, max_length=max_length, num_threads=1, verify=False)
+
+    def _checkpoint(self, name: str) -> Path:
+        if name != "mha":
+            return DATA / name
+        path = self._folder / "mha_with_tokenizer"
+        if not path.exists():
+            shutil.copytree(DATA / name, path, copy_function=shutil.copyfile)
+            save_tokenizer(path)
+        return path
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of one word per id, that starts texts with `<s>`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [*SPECIAL_WORDS, *(f"w{i}" for i in range(len(SPECIAL_WORDS), VOCAB_SIZE))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(list(SPECIAL_WORDS))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    """Bundles of the golden checkpoints."""
+    return Bundles(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="session")
+def traced_graphs() -> dict[str, bytes]:
+    """Traced graphs by what they depend on."""
+    return {}
+
+
+@pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch, traced_graphs: dict[str, bytes]) -> None:
+    """Trace models of one shape once: a trace takes seconds and never looks at weights."""
+
+    def remember(trace: Callable[..., onnx.ModelProto]) -> Callable[..., onnx.ModelProto]:
+        def remembered(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
+            settings = [checkpoint.text_config.to_dict(), checkpoint.vision_config.to_dict()]
+            settings += [checkpoint.projector, checkpoint.vision_feature_layer]
+            key = f"{trace.__name__} {dtype} {settings}"
+            if key not in traced_graphs:
+                traced_graphs[key] = trace(checkpoint, dtype).SerializeToString()
+            return onnx.load_from_string(traced_graphs[key])
+
+        return remembered
+
+    for name in ("trace_decoder", "trace_visual"):
+        monkeypatch.setattr(tracing, name, remember(getattr(tracing, name)))
