@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from dllava_export.session import Prompts, Session
+    from dllava_export.prompt_reader import Prompts
+    from dllava_export.session import Session
 
 __all__ = ["MODES", "Generation", "ImageInput", "OnToken", "generate"]
 

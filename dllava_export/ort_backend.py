@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dllava_export import bundle, names
+from dllava_export.backend import StepInputs, StepOutputs
 from dllava_export.errors import BackendError
 from dllava_export.kv_plan import KVPlan
 
@@ -17,58 +17,12 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime as ort
 
-__all__ = ["OrtBackend", "StepInputs", "StepOutputs", "lowered_model", "open_session"]
+__all__ = ["OrtBackend", "lowered_model", "open_session"]
 
 logger = logging.getLogger(__name__)
 
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 _HEAD_DIM_MULTIPLE = 8  # of GroupQueryAttention on the CPU
-
-
-@dataclasses.dataclass
-class StepInputs:
-    """What one run of a decoder reads beside its caches.
-
-    Attributes:
-        inputs_embeds: [batch, rows, hidden_size], the bundle's precision.
-        position_ids: [batch, rows] int64.
-        token_kind: [batch, rows] int64.
-        num_kept: [1] int64.
-        kept_lengths: [batch] int64.
-        num_image_rows: [1] int64.
-        write_index_full: [batch] int64.
-        write_index_sparse: [batch] int64.
-    """
-
-    inputs_embeds: np.ndarray
-    position_ids: np.ndarray
-    token_kind: np.ndarray
-    num_kept: np.ndarray
-    kept_lengths: np.ndarray
-    num_image_rows: np.ndarray
-    write_index_full: np.ndarray
-    write_index_sparse: np.ndarray
-
-
-@dataclasses.dataclass
-class StepOutputs:
-    """What one run of a decoder gives; None where the graph has no such output.
-
-    Attributes:
-        logits: [batch, vocab_size] float32.
-        next_write_index_full: [batch] int64.
-        next_write_index_sparse: [batch] int64 or None in a dense decoder.
-        kept_indices: [batch, num_kept] int64 or None in a dense decoder.
-        keep: [batch] bool or None without a keep bit: the policy's decision.
-        num_rows: [batch] int64 or None: rows after all selections (recompute).
-    """
-
-    logits: np.ndarray
-    next_write_index_full: np.ndarray | None = None
-    next_write_index_sparse: np.ndarray | None = None
-    kept_indices: np.ndarray | None = None
-    keep: np.ndarray | None = None
-    num_rows: np.ndarray | None = None
 
 
 class OrtBackend:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dllava_export import bundle, names
-from dllava_export.chat import IMAGE_PLACEHOLDER_ID, check_prompt, normalise_placeholders
+from dllava_export.backend import Backend, StepInputs, StepOutputs
+from dllava_export.chat import check_prompt
 from dllava_export.errors import BackendError, CapacityError, InvalidInputError
 from dllava_export.kv_plan import SPARE_ROWS, KVPlan, plan_kv_cache
-from dllava_export.ort_backend import OrtBackend, StepInputs, StepOutputs
+from dllava_export.ort_backend import OrtBackend
+from dllava_export.prompt_reader import PromptReader, Prompts
 from dllava_export.prompt_rows import PromptRows, assemble_prompt
-from dllava_export.weights import EmbeddingTable
 
 if TYPE_CHECKING:
     from dllava_export.chat import ChatTokenizer
@@ -37,8 +38,6 @@ __all__ = [
 ]
 
 BACKENDS = ("onnxruntime",)
-
-Prompts = np.ndarray | Sequence[np.ndarray] | Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,66 +148,24 @@ class Session:
     """
 
     def __init__(
-        self, folder: Path, manifest: bundle.Manifest, backend: OrtBackend, max_length: int
+        self, folder: Path, manifest: bundle.Manifest, backend: Backend, max_length: int
     ) -> None:
         self.manifest = manifest
         self.max_length = max_length
-        self._folder = folder
         self._backend = backend
-        self._embedding: EmbeddingTable | None = None
-        if manifest.embedding is not None:
-            self._embedding = EmbeddingTable(folder / bundle.LLM_FOLDER, manifest.embedding)
-        self._tokenizer: ChatTokenizer | None = None
-        self._image_processor: ImageProcessor | None = None
+        self._reader = PromptReader(folder, manifest, max_length, backend.encode_images)
         self._full = np.zeros(0, np.int64)
         self._sparse = np.zeros(0, np.int64)
 
-    # What a bundle carries beside its graphs, opened when it is first needed.
-
     @property
     def tokenizer(self) -> ChatTokenizer:
-        """The bundle's tokenizer.
-
-        Raises:
-            InvalidInputError: If the bundle has none.
-        """
-        from dllava_export.chat import ChatTokenizer
-
-        if self.manifest.chat_template is None:
-            raise InvalidInputError(
-                f"{self._folder} has no tokenizer, so it takes token ids instead of text. Use "
-                "--input-ids, or export from a checkpoint with a tokenizer."
-            )
-        if self._tokenizer is None:
-            self._tokenizer = ChatTokenizer.from_folder(
-                self._folder / bundle.LLM_FOLDER,
-                template=self.manifest.chat_template,
-                image_token_id=self.manifest.image_token_id,
-            )
-        return self._tokenizer
+        """The bundle's tokenizer; `InvalidInputError` if it has none."""
+        return self._reader.tokenizer
 
     @property
     def image_processor(self) -> ImageProcessor:
-        """What turns pictures into `pixel_values`.
-
-        Raises:
-            InvalidInputError: If the bundle takes no pictures.
-        """
-        import json
-
-        from dllava_export.images import ImageProcessor
-
-        if not self.manifest.has_visual:
-            raise InvalidInputError(
-                f"{self._folder} has no vision tower and takes no images. Export it from a "
-                "LLaVA checkpoint, or leave the image out."
-            )
-        if self._image_processor is None:
-            path = self._folder / bundle.VISUAL_FOLDER / "preprocessor_config.json"
-            self._image_processor = ImageProcessor.from_config(
-                json.loads(path.read_text(encoding="utf-8")), self.manifest.image_aspect_ratio
-            )
-        return self._image_processor
+        """What turns pictures into `pixel_values`; `InvalidInputError` if there is no tower."""
+        return self._reader.image_processor
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -274,11 +231,11 @@ class Session:
         """
         if max_new_tokens is not None and max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
-        rows = self._prompt_rows(input_ids, pixel_values, image_features)
+        rows = self._reader.rows(input_ids, pixel_values, image_features)
         longest = int(rows.lengths.max())
         room = self.max_length - longest
         num_new = room if max_new_tokens is None else min(max_new_tokens, room)
-        kept_lengths = self._kept_lengths(rows)
+        kept_lengths = self._reader.kept_lengths(rows)
         batch = len(rows.lengths)
         plan = plan_kv_cache(
             self.manifest.geometry,
@@ -329,7 +286,7 @@ class Session:
                 "Allow more with max_length or max_new_tokens."
             )
         counted = is_active.astype(np.int64)
-        embeds = self._lookup(ids)[:, None]
+        embeds = self._reader.lookup(ids)[:, None]
         inputs = StepInputs(
             inputs_embeds=embeds,
             position_ids=self._full[:, None],
@@ -367,14 +324,14 @@ class Session:
             InvalidInputError: If there is no cache yet, or an image in the prompt.
         """
         batch = self.kv_plan.batch
-        prompts = self._normalised(input_ids)
+        prompts = self._reader.normalised(input_ids)
         if len(prompts) != batch:
             raise InvalidInputError(
                 f"extend got {len(prompts)} prompts, expected {batch}: one for each sample of "
                 "the last prefill."
             )
         check_prompt(prompts, has_image=False, vocab_size=self.manifest.geometry.vocab_size)
-        rows = assemble_prompt(prompts, None, self._lookup)
+        rows = assemble_prompt(prompts, None, self._reader.lookup)
         self._make_room(rows.lengths)
         logits = [self._extend_sample(sample, rows) for sample in range(len(prompts))]
         return PrefillResult(
@@ -408,8 +365,8 @@ class Session:
                 raise InvalidInputError(
                     f"output_ids has shape {outputs.shape}, expected [batch, j]."
                 )
-        rows = self._prompt_rows(input_ids, pixel_values, image_features, outputs)
-        kept_lengths = self._kept_lengths(rows)
+        rows = self._reader.rows(input_ids, pixel_values, image_features, outputs)
+        kept_lengths = self._reader.kept_lengths(rows)
         result = self._backend.recompute(self._step(rows, kept_lengths))
         num_rows = result.num_rows if result.num_rows is not None else kept_lengths
         return RecomputeResult(result.logits, num_rows)
@@ -476,99 +433,11 @@ class Session:
         Raises:
             InvalidInputError: If the shape is wrong or the bundle takes no pictures.
         """
-        size = self.image_processor.size
-        pixels = np.asarray(pixel_values)
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
-            raise InvalidInputError(
-                f"pixel_values has shape {list(pixels.shape)}, expected [num_images, 3, {size}, "
-                f"{size}]. Use session.image_processor to prepare pictures."
-            )
-        return self._backend.encode_images(pixels)
+        return self._backend.encode_images(self._reader.checked_pixels(pixel_values))
 
     def normalised_prompts(self, input_ids: Prompts) -> list[np.ndarray]:
         """Return one int64 array per sample, with -200 as the only image placeholder."""
-        return self._normalised(input_ids)
-
-    def _normalised(self, input_ids: Prompts) -> list[np.ndarray]:
-        num_image_tokens = self.manifest.geometry.num_image_tokens
-        prompts = [np.asarray(ids) for ids in input_ids]
-        for sample, ids in enumerate(prompts):
-            if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-                raise InvalidInputError(
-                    f"Sample {sample} of input_ids is {ids.dtype} of shape {list(ids.shape)}, "
-                    "expected integers in one dimension. Pass [batch, t] ids, or a list with "
-                    "one array per sample."
-                )
-        return [
-            normalise_placeholders(ids, self.manifest.image_token_id, num_image_tokens)
-            for ids in prompts
-        ]
-
-    def _lookup(self, ids: np.ndarray) -> np.ndarray:
-        if self._embedding is None:
-            raise InvalidInputError(
-                f"{self._folder} has no token embeddings, so it cannot take token ids."
-            )
-        return self._embedding.lookup(ids)
-
-    def _prompt_rows(
-        self,
-        input_ids: Prompts,
-        pixel_values: np.ndarray | None,
-        image_features: np.ndarray | None,
-        outputs: np.ndarray | None = None,
-    ) -> PromptRows:
-        prompts = self._normalised(input_ids)
-        if not prompts:
-            raise InvalidInputError("There is no prompt; expected at least one.")
-        num_images = max(
-            (len(x) for x in (pixel_values, image_features) if x is not None), default=0
-        )
-        # With an image for every prompt or for none, the message can name the sample.
-        has_image: bool | list[bool] = num_images > 0
-        if 0 < num_images < len(prompts):
-            has_image = [bool((ids == IMAGE_PLACEHOLDER_ID).any()) for ids in prompts]
-        check_prompt(
-            prompts, has_image=has_image, vocab_size=self.manifest.geometry.vocab_size
-        )
-        if pixel_values is not None and image_features is None:
-            image_features = self.encode_images(pixel_values)
-        if outputs is not None and len(outputs) != len(prompts):
-            raise InvalidInputError(
-                f"output_ids is for {len(outputs)} samples, the prompts are {len(prompts)}."
-            )
-        self._check_features(image_features)
-        rows = assemble_prompt(prompts, image_features, self._lookup, outputs=outputs)
-        num_outputs = 0 if outputs is None else outputs.shape[1]
-        longest = int(rows.lengths.max()) - num_outputs
-        if longest > self.max_length:
-            raise CapacityError(
-                f"The prompt has {longest} tokens ({int(rows.num_image.max())} of them image "
-                f"tokens), the session has room for {self.max_length}. Shorten the prompt or "
-                "load the bundle with a larger max_length."
-            )
-        return rows
-
-    def _check_features(self, image_features: np.ndarray | None) -> None:
-        if image_features is None:
-            return
-        geometry = self.manifest.geometry
-        shape = np.shape(image_features)
-        # A bare decoder does not know how many rows an image has.
-        num_rows = geometry.num_image_tokens or (shape[1] if len(shape) == 3 else "n")
-        if len(shape) != 3 or shape[1:] != (num_rows, geometry.hidden_size):
-            raise InvalidInputError(
-                f"image_features has shape {list(shape)}, expected [num_images, {num_rows}, "
-                f"{geometry.hidden_size}]. Use session.encode_images to make them."
-            )
-
-    def _kept_lengths(self, rows: PromptRows) -> np.ndarray:
-        """Return rows of each sample that go on from `sparse_layer`, [batch] int64."""
-        sparsity = self.manifest.sparsity
-        dropped = [
-            n - sparsity.num_kept_image_tokens(int(n)) if n else 0 for n in rows.num_image
-        ]
-        return rows.lengths - np.array(dropped, np.int64)
+        return self._reader.normalised(input_ids)
 
     def _step(self, rows: PromptRows, kept_lengths: np.ndarray) -> StepInputs:
         return StepInputs(

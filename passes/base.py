@@ -52,9 +52,7 @@ class Pass:
         values = (
             (field.name, getattr(self, field.name)) for field in dataclasses.fields(self)
         )
-        return {
-            k: v for k, v in values if isinstance(v, bool | int | float | str)
-        }
+        return {k: v for k, v in values if isinstance(v, bool | int | float | str)}
 
 
 @dataclasses.dataclass(frozen=True)

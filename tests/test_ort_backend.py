@@ -10,9 +10,10 @@ import onnx
 import pytest
 
 from dllava_export import bundle, names
+from dllava_export.backend import StepInputs
 from dllava_export.errors import BackendError
 from dllava_export.kv_plan import KVPlan
-from dllava_export.ort_backend import OrtBackend, StepInputs, lowered_model, open_session
+from dllava_export.ort_backend import OrtBackend, lowered_model, open_session
 from dllava_export.session import load
 
 PLAN = KVPlan(

@@ -310,7 +310,8 @@ def test_a_further_prompt_must_fit(bundles):
 
 def test_the_tokenizer_s_image_token_is_a_placeholder_too(bundles):
     session = bundles.fresh_session("mha")
-    session.manifest = dataclasses.replace(session.manifest, image_token_id=130)
+    reader = session._reader
+    reader.manifest = dataclasses.replace(reader.manifest, image_token_id=130)
     expected = session.prefill([IMAGE_PROMPT], pixels())
     once = np.where(IMAGE_PROMPT == -200, 130, IMAGE_PROMPT)
     repeated = np.repeat(once, np.where(once == 130, 36, 1))
@@ -469,21 +470,18 @@ def test_decode_refuses_tokens_that_do_not_fit(bundles, tokens, active, message)
 
 
 @pytest.mark.parametrize(
-    ("prompts", "images", "message"),
+    ("prompts", "message"),
     [
-        pytest.param([PROMPT], NO_IMAGE, "extend got 1 prompts, expected 2", id="samples"),
+        pytest.param([PROMPT], "extend got 1 prompts, expected 2", id="samples"),
         pytest.param(
             [PROMPT, IMAGE_PROMPT],
-            NO_IMAGE,
             r"Sample 1: the prompt has 1 image placeholder\(s\), but there is no image",
             id="image",
         ),
-        pytest.param(
-            [PROMPT, []], NO_IMAGE, r"Sample 1: the prompt has shape \[0\]", id="empty"
-        ),
+        pytest.param([PROMPT, []], r"Sample 1: the prompt has shape \[0\]", id="empty"),
     ],
 )
-def test_extend_refuses_prompts_that_do_not_fit(bundles, prompts, images, message):
+def test_extend_refuses_prompts_that_do_not_fit(bundles, prompts, message):
     session = bundles.session("mha")
     session.prefill([PROMPT, PROMPT])
     with pytest.raises(InvalidInputError, match=message):
@@ -521,14 +519,15 @@ def test_says_so_without_a_tokenizer(bundles):
 
 def test_says_so_without_a_vision_tower(bundles):
     session = bundles.fresh_session("mha")
-    session.manifest = dataclasses.replace(session.manifest, has_visual=False)
+    reader = session._reader
+    reader.manifest = dataclasses.replace(reader.manifest, has_visual=False)
     with pytest.raises(InvalidInputError, match="has no vision tower and takes no images"):
         session.prefill([IMAGE_PROMPT], pixels())
 
 
 def test_says_so_without_embeddings(bundles):
     session = bundles.fresh_session("mha")
-    session._embedding = None
+    session._reader._embedding = None
     with pytest.raises(InvalidInputError, match="has no token embeddings, so it cannot take"):
         session.prefill([PROMPT])
 
