@@ -179,9 +179,7 @@ def run_bench(
     else:
         makers["sparse"] = lambda: _SessionSubject(folder, settings, manifest.sparsity)
     makers["dense"] = lambda: _SessionSubject(folder, settings, _DENSE)
-    if manifest.layout == "onnx":
-        left_out.append("transformers: the bundle came from an ONNX file, not a checkpoint")
-    elif manifest.precision != "fp32":
+    if manifest.precision != "fp32":
         left_out.append(
             f"transformers: compared at fp32 only, the bundle is {manifest.precision}"
         )

@@ -75,6 +75,7 @@ class Manifest:
         embedding: Reference for `weights.EmbeddingTable`, or None.
         chat_template: `vicuna_v1`, `checkpoint`, or None without a tokenizer.
         eos_token_ids: Ids that end an answer.
+        tensors: Graph file → `inputs` and `outputs`, each with name, dtype and shape.
         passes: What each pass of each graph did.
         producer: Versions of the tools that made it.
         source: Where the weights came from, for people.
@@ -91,6 +92,7 @@ class Manifest:
     embedding: dict[str, Any] | None
     chat_template: Literal["vicuna_v1", "checkpoint"] | None
     eos_token_ids: tuple[int, ...]
+    tensors: dict[str, dict[str, list[dict[str, Any]]]]
     passes: dict[str, list[dict[str, Any]]]
     producer: dict[str, str]
     source: str

@@ -570,6 +570,145 @@ def train_predictors(
     click.echo(report.to_text())
 
 
+@main.command(
+    cls=_Command,
+    context_settings={"show_default": True},
+    epilog="dllava-export evaluate out out_random questions.json --image-folder images",
+)
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--image-folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="What names of images in DATA start from.  [default: DATA's folder]",
+)
+@click.option(
+    "--on-bad-record",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    help="Stop at the first record that cannot be used, or skip and count them.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Ask only the first so many questions."
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens of an answer at most.  [default: 16 more than the longest truth]",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["cache", "recompute"]),
+    default="cache",
+    help="With KV cache, or one pass over everything per token.",
+)
+@click.option("--backend", default="onnxruntime")
+@click.option(
+    "--threads", "num_threads", type=click.IntRange(min=1), help="Threads of the runtime."
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_check_folder,
+    help="Write all numbers and answers to this file too.",
+)
+@click.option(
+    "--markdown",
+    "markdown_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_check_folder,
+    help="Write the tables to this file too.",
+)
+@click.pass_obj
+@_reports_errors
+def evaluate(
+    obj: dict[str, Any],
+    bundles: tuple[Path, ...],
+    data: Path,
+    image_folder: Path | None,
+    backend: str,
+    json_file: Path | None,
+    markdown_file: Path | None,
+    **settings: Any,
+) -> None:
+    """Ask BUNDLES the questions in DATA: accuracy, tokens kept, KV bytes and time.
+
+    DATA is LLaVA's JSON of conversations about images, or a question file whose records have an
+    answer. An answer is right if it is the truth, letter case and white space aside.
+    """
+    from dllava_export.evaluation import EvaluationSettings, write_text
+    from dllava_export.evaluation import evaluate as evaluate_bundles
+
+    report = evaluate_bundles(
+        bundles,
+        data,
+        EvaluationSettings(**settings),
+        image_folder=image_folder,
+        backend=backend,
+        progress=obj["progress"],
+    )
+    click.echo(report.to_text())
+    if json_file is not None:
+        write_text(json_file, json.dumps(report.to_json(), indent=2) + "\n")
+        click.echo(f"Wrote {json_file}")
+    if markdown_file is not None:
+        write_text(markdown_file, report.to_markdown())
+        click.echo(f"Wrote {markdown_file}")
+
+
+@main.command(
+    cls=_Command,
+    epilog='dllava-export visualize out --image cat.png --prompt "What is this?" -o out.png',
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--image", help="A picture, or none for a text-only prompt.")
+@click.option("--prompt", help="The question; the chat template is put around it.")
+@click.option(
+    "--input-ids",
+    callback=_parse_ids,
+    help="Token ids instead of --prompt, -200 for the image: 1,-200,15,27.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the runtime.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_check_folder,
+    help="The figure (.png, .svg, .pdf).",
+)
+@_reports_errors
+def visualize(
+    bundle: Path,
+    image: str | None,
+    prompt: str | None,
+    input_ids: list[int] | None,
+    max_new_tokens: int,
+    threads: int | None,
+    output: Path,
+) -> None:
+    """Draw what BUNDLE keeps: patches and their scores, generated tokens, KV cache lengths."""
+    if (prompt is None) == (input_ids is None):
+        raise click.UsageError("Give either --prompt or --input-ids, one of the two.")
+
+    from dllava_export.visualization import check_format, draw, trace_answer
+
+    check_format(output)
+    trace = trace_answer(
+        bundle,
+        image=image,
+        prompt=prompt,
+        input_ids=input_ids,
+        max_new_tokens=max_new_tokens,
+        num_threads=threads,
+    )
+    draw(trace, output)
+    click.echo(f"Drew {output}")
+
+
 @main.command(cls=_Command, epilog="dllava-export doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_reports_errors

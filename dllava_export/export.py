@@ -267,6 +267,10 @@ def export(
             embedding=embedding,
             chat_template=template,
             eos_token_ids=eos,
+            tensors={
+                **describe_tensors(bundle.LLM_FOLDER, models),
+                **describe_tensors(bundle.VISUAL_FOLDER, {bundle.VISUAL: visual_model}),
+            },
             passes=passes,
             producer=tool_versions(),
             source=str(checkpoint.path),
@@ -281,6 +285,29 @@ def export(
         time.perf_counter() - start,
         tuple(warnings),
     )
+
+
+def describe_tensors(
+    folder: str, models: Mapping[str, onnx.ModelProto]
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return inputs and outputs of each graph under `folder/name`, as a manifest lists them."""
+    return {
+        f"{folder}/{name}": {
+            "inputs": [_describe(value) for value in model.graph.input],
+            "outputs": [_describe(value) for value in model.graph.output],
+        }
+        for name, model in models.items()
+        if model.graph.output  # a file of initializers only is no graph
+    }
+
+
+def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    from onnx import helper
+
+    tensor = value.type.tensor_type
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    shape = [d.dim_param or d.dim_value for d in tensor.shape.dim]
+    return {"name": value.name, "dtype": str(dtype), "shape": shape}
 
 
 def predictor_model(checkpoint: Checkpoint) -> onnx.ModelProto | None:

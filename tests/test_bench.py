@@ -7,6 +7,7 @@ import pytest
 
 from dllava_export import bench
 from dllava_export.bench import BenchReport, BenchSettings, Measurement, run_bench
+from dllava_export.errors import BackendError
 
 SETTINGS = BenchSettings(
     prompt_text_len=10, decode_lengths=(0, 20), num_threads=1, rounds=1, decode_steps=1
@@ -92,9 +93,6 @@ def test_table_gives_ratios_over_sparse():
         pytest.param({}, {"policy": "none"},
                      ["sparse: the bundle is dense; `dllava-export sparsify` makes a sparse one"],
                      ["dense", "transformers"], id="dense"),
-        pytest.param({"layout": "onnx"}, {},
-                     ["transformers: the bundle came from an ONNX file, not a checkpoint"],
-                     ["sparse", "dense"], id="from an ONNX file"),
         pytest.param({"precision": "fp16"}, {},
                      ["transformers: compared at fp32 only, the bundle is fp16"],
                      ["sparse", "dense"], id="half precision"),
@@ -111,6 +109,14 @@ def test_says_what_is_left_out(bundles, monkeypatch, changes, sparsity, reasons,
     report = run_bench(folder, SETTINGS)
     assert report.left_out == reasons
     assert list(subjects(report)) == names
+
+
+def test_refuses_a_bundle_without_a_vision_tower(bundles, monkeypatch):
+    folder = bundles.path("gqa")
+    manifest = dataclasses.replace(bench.bundle.read_manifest(folder), has_visual=False)
+    monkeypatch.setattr(bench.bundle, "read_manifest", lambda *_, **__: manifest)
+    with pytest.raises(BackendError, match="has no vision tower; bench expects a bundle"):
+        run_bench(folder, SETTINGS)
 
 
 class StillSubject(bench._Subject):

@@ -27,6 +27,7 @@ def make_manifest(predictor: PredictorGeometry | None = None) -> Manifest:
         embedding={"file": "e.safetensors", "offset": 8, "dtype": "F16", "shape": [131, 64]},
         chat_template=None,
         eos_token_ids=(2, 5),
+        tensors={},
         passes={"model.onnx": [{"name": "P", "parameters": {}, "modified": True}]},
         producer={"dllava-export": "0"},
         source="somewhere",

@@ -19,7 +19,17 @@ from dllava_export.bench import BenchReport, BenchSettings, Measurement
 
 ROOT = Path(__file__).parents[1]
 CAT = str(ROOT / "examples" / "cat.png")
-COMMANDS = ("export", "sparsify", "run", "inspect", "bench", "train-predictors", "doctor")
+COMMANDS = (
+    "export",
+    "sparsify",
+    "run",
+    "inspect",
+    "bench",
+    "train-predictors",
+    "evaluate",
+    "visualize",
+    "doctor",
+)
 WITH_IMAGE = ["--input-ids", "1,-200,15,27", "--image", CAT]
 SHORT = ["--max-new-tokens", "3"]
 

@@ -92,7 +92,9 @@ def test_writes_data_files_where_nothing_is_linked(tmp_path, traced_once):
 
 def test_manifest_describes_the_checkpoint(bundles):
     manifest = read_manifest(bundles.path("gqa"))
-    assert dataclasses.replace(manifest, passes={}, producer={}, source="") == bundle.Manifest(
+    assert dataclasses.replace(
+        manifest, tensors={}, passes={}, producer={}, source=""
+    ) == bundle.Manifest(
         layout="dynamic-llava",
         precision="fp32",
         geometry=bundle.Geometry(
@@ -106,10 +108,25 @@ def test_manifest_describes_the_checkpoint(bundles):
         embedding=manifest.embedding,
         chat_template=None,
         eos_token_ids=(2,),
+        tensors={},
         passes={},
         producer={},
         source="",
     )
+
+
+def test_manifest_lists_inputs_and_outputs(bundles):
+    tensors = read_manifest(bundles.path("gqa")).tensors
+    assert tensors.keys() == {
+        "llm/dense.onnx", "llm/model.onnx", "llm/recompute.onnx", "visual/model.onnx",
+    }  # fmt: skip
+    assert tensors["llm/model.onnx"]["outputs"][0] == {
+        "name": "logits",
+        "dtype": "float32",
+        "shape": ["batch", 131],
+    }
+    kept = {"name": "kept_lengths", "dtype": "int64", "shape": ["batch"]}
+    assert kept in tensors["llm/model.onnx"]["inputs"]
 
 
 def test_manifest_lists_passes_and_tools(bundles):

@@ -40,7 +40,7 @@ def test_results_say_what_each_pass_did() -> None:
 
 
 def test_settings_are_the_simple_ones() -> None:
-    assert RenamePass("z", (1, 2)).settings == {"name": "z", "failure": None}
+    assert RenamePass("z", (1, 2)).settings == {"name": "z"}
 
 
 def test_errors_name_the_pass() -> None:

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/run.sh"))
+ARTIFACTS = {"01_export_and_run": {"out", "out.png"}}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_readme_has_an_introduction_and_says_how_to_run(example):
+    headings = re.findall(r"^## (.+)$", (example / "README.md").read_text(), re.MULTILINE)
+    assert headings[:2] == ["Introduction", "Running The Example"]
+    assert "./run.sh" in (example / "README.md").read_text()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_runs_and_leaves_what_it_says(example):
+    if not (ROOT / ".venv" / "ready").exists():
+        pytest.skip("no .venv: the example would install one; ./tests/run.sh makes it")
+    before = {path.name for path in example.iterdir()} - ARTIFACTS[example.name]
+    done = subprocess.run(
+        ["./run.sh"], cwd=example, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in example.iterdir()} == before | ARTIFACTS[example.name]
+    assert "7 of 36 image tokens" in done.stdout
