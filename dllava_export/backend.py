@@ -75,7 +75,7 @@ class Backend(Protocol):
         ...
 
     def allocate(self, plan: KVPlan) -> None:
-        """Give the decoder fresh cache buffers."""
+        """Give the decoder cache buffers of this plan; what is in them does not matter."""
         ...
 
     def grow_sparse(self, plan: KVPlan) -> None:

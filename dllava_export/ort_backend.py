@@ -75,7 +75,12 @@ class OrtBackend:
         return session.run(None, {names.PIXEL_VALUES: pixel_values.astype(dtype)})[0]
 
     def allocate(self, plan: KVPlan) -> None:
-        """Give the decoder fresh cache buffers."""
+        """Give the decoder cache buffers of this plan; those it has are used again if they fit.
+
+        What is left in them from before is never read: attention stops at the write index.
+        """
+        if plan == self.plan:
+            return
         self._decode = None
         self._caches = {
             entry.name: self._new_cache(entry, plan)

@@ -26,7 +26,15 @@ from dllava_export.errors import InvalidInputError
 from dllava_export.images import ImageProcessor
 from dllava_export.training.settings import BadRecordError, TrainingError
 
-__all__ = ["IGNORED_LABEL", "Batch", "ConversationData", "DataOrder", "Record", "Sample"]
+__all__ = [
+    "IGNORED_LABEL",
+    "Batch",
+    "ConversationData",
+    "DataOrder",
+    "Record",
+    "Sample",
+    "parse_record",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +242,7 @@ class ConversationData:
         for number, entry in enumerate(entries):
             try:
                 place = f"{path.name}, record {number}"
-                record = _parse_record(entry, place, folder, needs_image)
+                record = parse_record(entry, place, folder, needs_image)
                 data._encode(record)
             except BadRecordError as error:
                 data._skip(error)
@@ -334,7 +342,18 @@ def _read_file(path: Path) -> list[Any]:
     return content
 
 
-def _parse_record(entry: Any, place: str, image_folder: Path, needs_image: bool) -> Record:
+def parse_record(entry: Any, place: str, image_folder: Path, needs_image: bool) -> Record:
+    """Check one conversation of LLaVA's JSON and return it as a record.
+
+    Args:
+        entry: The decoded JSON value.
+        place: File and number, for messages.
+        image_folder: What the name of its image starts from.
+        needs_image: Refuse a conversation without an image.
+
+    Raises:
+        BadRecordError: If it cannot be used.
+    """
     if not isinstance(entry, dict):
         raise BadRecordError(
             f"{place} is a JSON {type(entry).__name__}, expected an object with id, image and "
