@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLIP_FACTS",
+    "LLAMA_KEYS",
     "ImageSettings",
     "Layout",
     "PredictorConfig",
@@ -59,7 +60,7 @@ CLIP_FACTS: Mapping[str, Mapping[str, Any]] = {
     "openai/clip-vit-large-patch14": {**_CLIP_VIT_L14, "image_size": 224},
 }
 
-_LLAMA_KEYS = (
+LLAMA_KEYS = (
     "attention_bias",
     "bos_token_id",
     "eos_token_id",
@@ -304,7 +305,7 @@ def text_config(
                 f"config.json lacks {', '.join(missing)}, expected the sizes of the decoder. "
                 "Restore config.json from the original checkpoint."
             )
-    known = {key: values[key] for key in _LLAMA_KEYS if key in values}
+    known = {key: values[key] for key in LLAMA_KEYS if key in values}
     if config.get("tie_word_embeddings"):
         known["tie_word_embeddings"] = True
     result = _transformers_config(LlamaConfig, "text configuration", known)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dllava_export.checkpoint import Checkpoint
-from dllava_export.checkpoint_config import CLIP_FACTS, PredictorConfig
+from dllava_export.checkpoint_config import CLIP_FACTS, LLAMA_KEYS, PredictorConfig
 from dllava_export.tensor_source import DTYPE_NAMES, TensorSource, TorchSource
 from dllava_export.training.model import PREDICTORS, TrainingModel, canonical_name
 from dllava_export.training.settings import TrainingSettings
@@ -33,27 +33,8 @@ _PREFIXES = {
 }
 _NUMPY_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _TORCH_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# Keys of LlamaConfig, in the order in which LLaVA's config.json has them.
-_TEXT_KEYS = (
-    "attention_bias",
-    "bos_token_id",
-    "eos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "mlp_bias",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "vocab_size",
-)
+# Newer transformers keep both of these inside rope_parameters.
+_TEXT_KEYS = tuple(k for k in LLAMA_KEYS if k not in ("rope_scaling", "rope_theta"))
 _VISION_KEYS = (
     "hidden_act",
     "hidden_size",
