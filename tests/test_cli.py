@@ -499,6 +499,6 @@ def test_a_plot_of_another_format(bundles, tmp_path):
 
 
 def test_errors_of_other_packages_keep_their_traceback(bundles, monkeypatch):
-    monkeypatch.setattr(cli.json, "dumps", lambda *_, **__: int("x"))
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: int("x"))
     result = invoke("inspect", bundles.path("gqa"), "--json")
     assert isinstance(result.exception, ValueError)

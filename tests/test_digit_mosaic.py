@@ -37,6 +37,16 @@ def train() -> ModuleType:
     return _module("train")
 
 
+@pytest.fixture(scope="module")
+def stages() -> ModuleType:
+    return _module("stages")
+
+
+@pytest.fixture(scope="module")
+def packs() -> ModuleType:
+    return _module("language_task")
+
+
 def _module(name: str) -> ModuleType:
     sys.path.insert(0, str(FOLDER))
     try:
@@ -142,7 +152,12 @@ def _read_conversations(path: Path, folder: Path) -> ConversationData:
 
 
 def test_packed_questions_equal_single_ones(
-    data: ModuleType, train: ModuleType, untrained: Path, model: TrainingModel, tmp_path: Path
+    data: ModuleType,
+    train: ModuleType,
+    packs: ModuleType,
+    untrained: Path,
+    model: TrainingModel,
+    tmp_path: Path,
 ) -> None:
     path = data.write_conversations(tmp_path, "test", SEED, 1)
     records = _read_conversations(path, untrained)
@@ -156,9 +171,9 @@ def test_packed_questions_equal_single_ones(
         mosaic = data.make_mosaic(rng := data.mosaic_rng(SEED, 0), "test")
         questions = data.all_questions(mosaic, data.asked_cell(rng, mosaic))
         task = train.Task(read_checkpoint(untrained))
-        pack = train.PackBatch.make(task, [mosaic], [questions], [np.arange(data.NUM_PATCHES)])
+        pack = packs.PackBatch.make(task, [mosaic], [questions], [np.arange(data.NUM_PATCHES)])
         model.language_model.config._attn_implementation = "sdpa"
-        logits, ids = train.answer_logits(model, pack)
+        logits, ids = packs.answer_logits(model, pack)
     np.testing.assert_allclose(logits, torch.cat(expected), atol=2e-4)
     assert (ids == 2).sum() == len(KINDS)
 
@@ -169,16 +184,20 @@ def _stages(train: ModuleType, **changes: Any) -> tuple[Any, ...]:
 
 
 def test_training_goes_on_exactly_where_it_stopped(
-    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: ModuleType,
+    stages: ModuleType,
+    packs: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(train, "_NUM_TEST_MOSAICS", 2)
-    stages = _stages(train)
-    found = train.train(_new(tmp_path / "whole"), stages)
+    small = _stages(train)
+    found = train.train(_new(tmp_path / "whole"), small)
     assert set(found) == set(KINDS)
     assert all(0 <= share <= 1 for share in found.values())
 
-    monkeypatch.setattr(train, "_SAVE_EVERY", 0)
-    draw = train.PackBatch.draw
+    monkeypatch.setattr(stages, "_SAVE_EVERY", 0)
+    draw = packs.PackBatch.draw
 
     def draw_or_stop(task: Any, split: str, seed: int, indices: range, *args: Any) -> Any:
         if indices.start == 4:
@@ -186,9 +205,9 @@ def test_training_goes_on_exactly_where_it_stopped(
         return draw(task, split, seed, indices, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.PackBatch, "draw", draw_or_stop)
-        train.train(_new(tmp_path / "parts"), stages)
-    train.train(tmp_path / "parts", stages)
+        patch.setattr(packs.PackBatch, "draw", draw_or_stop)
+        train.train(_new(tmp_path / "parts"), small)
+    train.train(tmp_path / "parts", small)
 
     whole, parts = (
         read_checkpoint(tmp_path / name / train.DENSE_FOLDER) for name in ("whole", "parts")
@@ -200,11 +219,11 @@ def test_training_goes_on_exactly_where_it_stopped(
     logs = [
         [
             {key: value for key, value in json.loads(line).items() if key != "seconds"}
-            for line in (tmp_path / name / train.LOG_FILE).read_text().splitlines()
+            for line in (tmp_path / name / stages.LOG_FILE).read_text().splitlines()
         ]
         for name in ("whole", "parts")
     ]
-    assert (tmp_path / "whole" / train.PLOT_FILE).stat().st_size > 1000
+    assert (tmp_path / "whole" / stages.PLOT_FILE).stat().st_size > 1000
     assert len(logs[0]) == 8
     assert logs[0] == logs[1]
 
@@ -232,13 +251,18 @@ def _new(folder: Path) -> Path:
 
 @pytest.mark.parametrize("part", [0, 1], ids=["tower", "language"])
 def test_loss_falls(
-    part: int, train: ModuleType, untrained: Path, model: TrainingModel, tmp_path: Path
+    part: int,
+    train: ModuleType,
+    stages: ModuleType,
+    untrained: Path,
+    model: TrainingModel,
+    tmp_path: Path,
 ) -> None:
     task = train.Task(read_checkpoint(untrained))
     stage = _stages(train, steps=40, weights=(1.0, 1.0, 1.0))[part]
     module = (train.TowerTask, train.LanguageTask)[part](model, task)
-    train.run_stage(tmp_path, stage, module)
-    lines = (tmp_path / train.LOG_FILE).read_text().splitlines()
+    stages.run_stage(tmp_path, stage, module)
+    lines = (tmp_path / stages.LOG_FILE).read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert len(losses) == 40
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])

@@ -13,16 +13,14 @@ from PIL import Image
 
 from dllava_export import bundle, cli
 from dllava_export.errors import BackendError, BundleError, InvalidInputError
-from dllava_export.evaluation import (
+from dllava_export.evaluation import EvaluationSettings, evaluate, write_text
+from dllava_export.evaluation_report import (
     Answer,
     BundleResult,
     EvaluationReport,
-    EvaluationSettings,
     KVUse,
     Summary,
-    evaluate,
     normalised,
-    write_text,
 )
 from dllava_export.questions import EvaluationError, Question, read_questions
 
@@ -251,6 +249,21 @@ def test_report_as_text():
         "b_predictor  50.0 %  50.0 %  50.0 %\n"
         "b_random     50.0 %  50.0 %  50.0 %"
     )
+
+
+def test_answers_as_text():
+    found = report("predictor", "none")
+    blocks = found.answers_text("all").split("\n\n")
+    assert blocks[3] == (
+        "image        cat.png\n"
+        "question     ?\n"
+        "truth        a\n"
+        "b_predictor  b  [WRONG]\n"
+        "b_none       a  [right]\n"
+    )
+    assert len(blocks) == 4
+    assert found.answers_text("wrong") == blocks[3]
+    assert report("none").answers_text("wrong") == ""
 
 
 def test_report_as_markdown():

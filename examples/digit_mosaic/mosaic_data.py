@@ -52,7 +52,7 @@ PLACES = tuple(
 
 _CELL_SIZE = PICTURE_SIZE // CELLS_PER_SIDE
 _DIGIT_SIZE = 16
-_SHIFT = 4  # pixels; digits lie at multiples of it
+_SHIFT = PATCH_SIZE  # digits lie at multiples of it
 _NUM_TEST_DIGITS = 397
 _SPLIT_SEED = 20
 _INK = 0.35  # share of full ink from which a pixel counts

@@ -1,0 +1,112 @@
+"""`dllava-export evaluate`: ask bundles questions whose answers are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dllava_export.commands.command import Command
+from dllava_export.commands.options import check_folder
+
+if TYPE_CHECKING:
+    from dllava_export.evaluation_report import WhichAnswers
+
+__all__ = ["evaluate"]
+
+
+@click.command(
+    cls=Command,
+    context_settings={"show_default": True},
+    epilog="dllava-export evaluate out out_random questions.json --image-folder images",
+)
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--image-folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="What names of images in DATA start from.  [default: DATA's folder]",
+)
+@click.option(
+    "--on-bad-record",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    help="Stop at the first record that cannot be used, or skip and count them.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Ask only the first so many questions."
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens of an answer at most.  [default: 16 more than the longest truth]",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["cache", "recompute"]),
+    default="cache",
+    help="With KV cache, or one pass over everything per token.",
+)
+@click.option("--backend", default="onnxruntime")
+@click.option(
+    "--threads", "num_threads", type=click.IntRange(min=1), help="Threads of the runtime."
+)
+@click.option(
+    "--show-answers",
+    type=click.Choice(["all", "wrong"]),
+    help="Print questions, truths and answers first: all, or where a bundle is wrong.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=check_folder,
+    help="Write all numbers and answers to this file too.",
+)
+@click.option(
+    "--markdown",
+    "markdown_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=check_folder,
+    help="Write the tables to this file too.",
+)
+@click.pass_obj
+def evaluate(
+    obj: dict[str, Any],
+    bundles: tuple[Path, ...],
+    data: Path,
+    image_folder: Path | None,
+    backend: str,
+    show_answers: WhichAnswers | None,
+    json_file: Path | None,
+    markdown_file: Path | None,
+    **settings: Any,
+) -> None:
+    """Ask BUNDLES the questions in DATA: accuracy, tokens kept, KV bytes and time.
+
+    DATA is LLaVA's JSON of conversations about images, or a question file whose records have an
+    answer. An answer is right if it is the truth, letter case and white space aside.
+    """
+    from dllava_export.evaluation import EvaluationSettings, write_text
+    from dllava_export.evaluation import evaluate as evaluate_bundles
+
+    report = evaluate_bundles(
+        bundles,
+        data,
+        EvaluationSettings(**settings),
+        image_folder=image_folder,
+        backend=backend,
+        progress=obj["progress"],
+    )
+    if show_answers is not None:
+        click.echo(report.answers_text(show_answers))
+    click.echo(report.to_text())
+    if json_file is not None:
+        write_text(json_file, json.dumps(report.to_json(), indent=2) + "\n")
+        click.echo(f"Wrote {json_file}")
+    if markdown_file is not None:
+        write_text(markdown_file, report.to_markdown())
+        click.echo(f"Wrote {markdown_file}")

@@ -1,0 +1,61 @@
+"""`dllava-export export`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dllava_export.commands.command import Command
+from dllava_export.commands.options import sparsity_from, sparsity_options
+
+__all__ = ["export"]
+
+
+@click.command(
+    cls=Command, epilog="dllava-export export Osilly/Dynamic-LLaVA-7B out --precision fp16"
+)
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--random-weights",
+    is_flag=True,
+    help="CHECKPOINT is a config.json: export its model with random weights, to try and time.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Weights and activations; predictors always compute in fp32."
+    "  [default: the checkpoint's; fp16 for bf16 ones]",
+)
+@click.option(
+    "--num-decoder-layers",
+    type=click.IntRange(min=1),
+    help="Export only the first so many decoder layers, to try things out.",
+)
+@sparsity_options
+@click.pass_obj
+def export(
+    obj: dict[str, Any],
+    checkpoint: str,
+    out: Path,
+    random_weights: bool,
+    precision: str | None,
+    num_decoder_layers: int | None,
+    **sparsity: Any,
+) -> None:
+    """Export CHECKPOINT (a folder or a hub id) to the bundle OUT.
+
+    Reads original LLaVA-1.5, Dynamic-LLaVA and llava-hf checkpoints. Weights are hard-linked
+    where possible, so that a bundle costs next to no disk space.
+    """
+    options = sparsity_from(sparsity)
+
+    from dllava_export.checkpoint import random_checkpoint, read_checkpoint
+    from dllava_export.export import export as export_bundle
+
+    read = random_checkpoint if random_weights else read_checkpoint
+    source = read(checkpoint, num_decoder_layers=num_decoder_layers)
+    report = export_bundle(source, out, options, precision=precision, progress=obj["progress"])
+    click.echo(report.to_text())

@@ -1,0 +1,89 @@
+"""`dllava-export run`: answer a prompt about an image."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+from dllava_export.commands.command import Command
+from dllava_export.commands.options import RATE, parse_ids
+
+__all__ = ["run"]
+
+
+@click.command(
+    cls=Command, epilog='dllava-export run out --image cat.png --prompt "What is this?"'
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--image", help="A picture, or none for a text-only prompt.")
+@click.option("--prompt", help="The question; the chat template is put around it.")
+@click.option(
+    "--input-ids",
+    callback=parse_ids,
+    help="Token ids instead of --prompt, -200 for the image: 1,-200,15,27.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["cache", "recompute"]),
+    default="cache",
+    show_default=True,
+    help="With KV cache, or one pass over everything per token.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token.",
+)
+@click.option("--top-p", type=RATE, default=1.0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), help="For a temperature above 0.")
+@click.option("--backend", default="onnxruntime", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the runtime.")
+@click.option("--json", "as_json", is_flag=True, help="Print text, tokens and counts as JSON.")
+def run(
+    bundle: Path,
+    image: str | None,
+    prompt: str | None,
+    input_ids: list[int] | None,
+    mode: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Answer a prompt about an image with BUNDLE; text appears as it is generated."""
+    if (prompt is None) == (input_ids is None):
+        raise click.UsageError("Give either --prompt or --input-ids, one of the two.")
+
+    from dllava_export.session import check_image_choice, load
+
+    session = load(bundle, backend, num_threads=threads)
+    picture = check_image_choice(session.manifest, image)
+
+    def show(_: int, token: int, text: str) -> None:
+        click.echo(text if session.manifest.chat_template else f"{token} ", nl=False)
+
+    (answer,) = session.generate(
+        [picture],
+        [prompt] if prompt is not None else None,
+        input_ids=[input_ids] if input_ids is not None else None,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        mode=mode,
+        on_token=None if as_json else show,
+    )
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(answer), indent=2))
+        return
+    click.echo()
+    click.echo(answer.to_text(), err=True)

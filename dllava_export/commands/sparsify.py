@@ -1,0 +1,42 @@
+"""`dllava-export sparsify`: a dense decoder becomes a sparse bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dllava_export.commands.command import Command
+from dllava_export.commands.options import sparsity_from, sparsity_options
+
+__all__ = ["sparsify"]
+
+
+@click.command(
+    cls=Command,
+    epilog="dllava-export sparsify dense_out out --policy uniform --image-keep-rate 0.3",
+)
+@click.argument("dense", type=click.Path(exists=True, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--predictors",
+    help="Checkpoint (folder or hub id) to take trained predictors from, where DENSE has none.",
+)
+@sparsity_options
+@click.pass_obj
+def sparsify(
+    obj: dict[str, Any], dense: Path, out: Path, predictors: str | None, **sparsity: Any
+) -> None:
+    """Run only the passes: make the bundle OUT from DENSE.
+
+    DENSE is a bundle, or the ONNX file of a dense decoder that any exporter wrote.
+    """
+    options = sparsity_from(sparsity)
+
+    from dllava_export.sparsify import sparsify as sparsify_decoder
+
+    report = sparsify_decoder(
+        dense, out, options, predictors=predictors, progress=obj["progress"]
+    )
+    click.echo(report.to_text())

@@ -1,0 +1,62 @@
+"""`dllava-export visualize`: draw what a bundle keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dllava_export.commands.command import Command
+from dllava_export.commands.options import check_folder, parse_ids
+
+__all__ = ["visualize"]
+
+
+@click.command(
+    cls=Command,
+    epilog='dllava-export visualize out --image cat.png --prompt "What is this?" -o out.png',
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--image", help="A picture, or none for a text-only prompt.")
+@click.option("--prompt", help="The question; the chat template is put around it.")
+@click.option(
+    "--input-ids",
+    callback=parse_ids,
+    help="Token ids instead of --prompt, -200 for the image: 1,-200,15,27.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the runtime.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=check_folder,
+    help="The figure (.png, .svg, .pdf).",
+)
+def visualize(
+    bundle: Path,
+    image: str | None,
+    prompt: str | None,
+    input_ids: list[int] | None,
+    max_new_tokens: int,
+    threads: int | None,
+    output: Path,
+) -> None:
+    """Draw what BUNDLE keeps: patches and their scores, generated tokens, KV cache lengths."""
+    if (prompt is None) == (input_ids is None):
+        raise click.UsageError("Give either --prompt or --input-ids, one of the two.")
+
+    from dllava_export.visualization import check_format, draw, trace_answer
+
+    check_format(output)
+    trace = trace_answer(
+        bundle,
+        image=image,
+        prompt=prompt,
+        input_ids=input_ids,
+        max_new_tokens=max_new_tokens,
+        num_threads=threads,
+    )
+    draw(trace, output)
+    click.echo(f"Drew {output}")

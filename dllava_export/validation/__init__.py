@@ -1,0 +1,1 @@
+"""Compare what two runtimes or two forms of a model compute."""

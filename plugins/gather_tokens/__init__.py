@@ -1,0 +1,1 @@
+"""GatherTokens: rows of a tensor in one launch."""

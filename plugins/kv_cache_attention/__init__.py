@@ -1,0 +1,1 @@
+"""KVCacheAttention: append to the cache and attend to it."""

@@ -1,0 +1,1 @@
+"""PredictorHead: keep or drop a row."""

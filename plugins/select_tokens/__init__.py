@@ -1,0 +1,1 @@
+"""SelectTokens: indices of the rows that go on."""
