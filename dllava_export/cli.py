@@ -1,7 +1,7 @@
 """The command line. Each command parses, calls one library function and prints one result.
 
-Results go to stdout, progress and logs to stderr. Exit codes: 0 success, 1 an error that a
-message explains or a check that failed, 2 wrong usage.
+Results go to stdout; progress, logs and what a command took go to stderr. Exit codes: 0
+success, 1 an error that a message explains or a check that failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import click
 
 from dllava_export import __version__
 from dllava_export.commands.bench import bench
+from dllava_export.commands.build import build
 from dllava_export.commands.doctor import doctor
 from dllava_export.commands.evaluate import evaluate
 from dllava_export.commands.export import export
 from dllava_export.commands.inspect import inspect
+from dllava_export.commands.plan import plan
 from dllava_export.commands.run import run
 from dllava_export.commands.sparsify import sparsify
 from dllava_export.commands.train_predictors import train_predictors
+from dllava_export.commands.validate import validate
 from dllava_export.commands.visualize import visualize
 
 # Commands import the rest inside their functions, so that --help works without torch, ONNX
@@ -35,7 +38,9 @@ __all__ = ["main"]
 @click.option(
     "-v", "--verbose", count=True, help="Say what each stage does; twice for debugging."
 )
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars and no warnings.")
+@click.option(
+    "-q", "--quiet", is_flag=True, help="No progress bars, no warnings, not what it took."
+)
 @click.pass_context
 def main(ctx: click.Context, verbose: int, quiet: bool) -> None:
     """Export LLaVA and Dynamic-LLaVA models to ONNX and run them with pruned tokens.
@@ -54,7 +59,10 @@ for _command in (
     sparsify,
     run,
     inspect,
+    plan,
     bench,
+    build,
+    validate,
     train_predictors,
     evaluate,
     visualize,

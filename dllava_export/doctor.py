@@ -9,7 +9,15 @@ import shutil
 import subprocess
 from typing import Any
 
-__all__ = ["BackendStatus", "DoctorReport", "Gpu", "collect"]
+from dllava_export.engines.trt_module import (
+    TENSORRT,
+    TENSORRT_RTX,
+    target_compute_capabilities,
+    trt_module,
+)
+from dllava_export.errors import BackendError
+
+__all__ = ["BackendStatus", "DoctorReport", "Gpu", "collect", "find_gpus"]
 
 # Name shown, and the distributions that provide it; the first one installed counts.
 _PACKAGES = {
@@ -26,7 +34,6 @@ _PACKAGES = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings"),
     "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
 }
-_NOT_YET = "planned, not in this release"
 _NVIDIA_SMI_SECONDS = 20
 _MAX_NAME_PARTS = 4  # name, memory, driver, compute capability
 
@@ -56,6 +63,7 @@ class BackendStatus:
         name: As in `--backend`.
         version: Of the installed package; None where there is none.
         can_run: Whether bundles run with it here.
+        can_build: Whether it builds engines here; False for ONNX Runtime, which needs none.
         summary: What it can do here, in a sentence.
         install: The command that installs it.
         providers: ONNX Runtime execution providers that are built in; empty for the others.
@@ -66,6 +74,7 @@ class BackendStatus:
     can_run: bool
     summary: str
     install: str
+    can_build: bool = False
     providers: tuple[str, ...] = ()
 
 
@@ -117,7 +126,7 @@ def collect() -> DoctorReport:
     What is absent or broken is reported as absent; nothing is raised for it.
     """
     packages = {name: _version(*candidates) for name, candidates in _PACKAGES.items()}
-    gpus = _gpus_from_nvidia_smi() or _gpus_from_torch(packages["torch"])
+    gpus = find_gpus()
     return DoctorReport(
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
@@ -125,22 +134,15 @@ def collect() -> DoctorReport:
         gpus=gpus,
         backends=(
             _onnxruntime_status(packages["onnxruntime"], bool(gpus)),
-            BackendStatus(
-                name="tensorrt-rtx",
-                version=packages["tensorrt_rtx"],
-                can_run=False,
-                summary=_NOT_YET,
-                install='pip install "dllava-export[trt-rtx]"',
-            ),
-            BackendStatus(
-                name="tensorrt",
-                version=packages["tensorrt"],
-                can_run=False,
-                summary=_NOT_YET,
-                install='pip install "dllava-export[trt]"',
-            ),
+            _tensorrt_rtx_status(packages["tensorrt_rtx"], gpus),
+            _tensorrt_status(packages["tensorrt"], gpus),
         ),
     )
+
+
+def find_gpus() -> tuple[Gpu, ...]:
+    """Return the NVIDIA GPUs that can be seen, by nvidia-smi or else by PyTorch."""
+    return _gpus_from_nvidia_smi() or _gpus_from_torch(_version("torch"))
 
 
 def _version(*distributions: str) -> str | None:
@@ -173,6 +175,55 @@ def _onnxruntime_status(version: str | None, has_gpu: bool) -> BackendStatus:
         install="pip install "
         + ("onnxruntime" if platform.system() == "Darwin" else "onnxruntime-gpu"),
         providers=providers,
+    )
+
+
+def _tensorrt_rtx_status(version: str | None, gpus: tuple[Gpu, ...]) -> BackendStatus:
+    can_build = can_run = False
+    try:
+        targets = target_compute_capabilities(trt_module(TENSORRT_RTX))
+    except BackendError as error:
+        summary = str(error) if version else "engines can be neither built nor run"
+    else:
+        can_build = True
+        can_run = any(gpu.compute_capability in targets for gpu in gpus)
+        summary = "builds engines and runs them" if can_run else "builds engines, runs none: "
+        if not can_run:
+            summary += (
+                f"compute capability {gpus[0].compute_capability} is none of {', '.join(targets)}"
+                if gpus
+                else "that needs an NVIDIA GPU, and none is there"
+            )
+    return BackendStatus(
+        name=TENSORRT_RTX,
+        version=version,
+        can_run=can_run,
+        can_build=can_build,
+        summary=summary,
+        install='pip install "dllava-export[trt-rtx]"',
+    )
+
+
+def _tensorrt_status(version: str | None, gpus: tuple[Gpu, ...]) -> BackendStatus:
+    is_usable = False
+    try:
+        trt_module(TENSORRT)
+    except BackendError as error:
+        summary = str(error) if version else "engines can be neither built nor run"
+    else:
+        is_usable = bool(gpus)
+        summary = (
+            "builds engines, with plugins, and runs them"
+            if is_usable
+            else "neither builds engines nor runs them: both need an NVIDIA GPU, and none is there"
+        )
+    return BackendStatus(
+        name=TENSORRT,
+        version=version,
+        can_run=is_usable,
+        can_build=is_usable,
+        summary=summary,
+        install='pip install "dllava-export[trt]"',
     )
 
 

@@ -8,6 +8,7 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "DllavaExportError",
+    "EngineBuildError",
     "InvalidInputError",
     "PostconditionError",
     "PreconditionError",
@@ -49,3 +50,7 @@ class CapacityError(DllavaExportError):
 
 class BackendError(DllavaExportError):
     """A backend is unknown, not installed, or cannot run this bundle."""
+
+
+class EngineBuildError(BackendError):
+    """TensorRT refuses a graph or cannot build an engine from it."""

@@ -6,6 +6,7 @@ An answer is right if it is the truth, letter case and white space aside.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -82,6 +83,7 @@ def evaluate(
     *,
     image_folder: str | Path | None = None,
     backend: str = "onnxruntime",
+    provider: str | None = None,
     progress: bool = False,
 ) -> EvaluationReport:
     """Ask bundles the same questions, one bundle after the other, greedily.
@@ -94,6 +96,7 @@ def evaluate(
         settings: How they are asked.
         image_folder: What names of images start from; the file's folder by default.
         backend: As `load` takes it.
+        provider: As `load` takes it.
         progress: Show a progress bar on stderr.
 
     Raises:
@@ -103,6 +106,8 @@ def evaluate(
         BackendError: If the backend cannot run one.
     """
     from tqdm import tqdm
+
+    from dllava_export.session import load
 
     settings = settings or EvaluationSettings()
     data = Path(data)
@@ -127,7 +132,15 @@ def evaluate(
     with tqdm(total=len(paths) * len(questions), disable=not progress, leave=False) as bar:
         for reader, name in zip(readers, _names(paths), strict=True):
             bar.set_description(name)
-            results.append(_ask_all(reader, name, questions, settings, backend, bar.update))
+            opener = functools.partial(
+                load,
+                reader.path,
+                backend,
+                provider=provider,
+                num_threads=settings.num_threads,
+                verify=False,
+            )
+            results.append(_ask_all(reader, name, questions, settings, opener, bar.update))
     return EvaluationReport(data, settings, tuple(results), tuple(skipped))
 
 
@@ -274,13 +287,11 @@ def _ask_all(
     name: str,
     questions: Sequence[Question],
     settings: EvaluationSettings,
-    backend: str,
+    open_session: Callable[[], Session],
     on_answers: Callable[[int], object],
 ) -> BundleResult:
     """Open a bundle and ask all questions; it is closed again when this returns."""
-    from dllava_export.session import load
-
-    session = load(reader.path, backend, num_threads=settings.num_threads, verify=False)
+    session = open_session()
     answers: list[Answer] = []
     start = time.perf_counter()
     for first in range(0, len(questions), settings.batch_size):

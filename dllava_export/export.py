@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dllava_export import bundle
+from dllava_export import bundle, resources
 from dllava_export.errors import BundleError, UnsupportedModelError
 from dllava_export.inspection import Geometry, PredictorGeometry
 from dllava_export.pipeline import decoder_passes, recompute_passes
@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_Stage = contextlib.AbstractContextManager[None]
 
 _NUM_STAGES = 3
 _TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-graphsurgeon")
@@ -204,10 +206,11 @@ def export(
         DllavaExportError: If the checkpoint or the folder is not usable.
         ValueError: If a setting is out of range.
     """
-    import torch
+    with resources.stage("loading PyTorch"):
+        import torch
 
-    from dllava_export.tracing import trace_decoder, trace_visual
-    from dllava_export.weights import attach_weights, write_embedding
+        from dllava_export.tracing import trace_decoder, trace_visual
+        from dllava_export.weights import attach_weights, write_embedding
 
     start = time.perf_counter()
     sparsity = resolve_sparsity(
@@ -225,34 +228,36 @@ def export(
         llm.mkdir()
         visual.mkdir()
         with show_stages(progress, _NUM_STAGES) as stage:
-            stage("tracing the decoder")
-            dense = trace_decoder(checkpoint, dtypes[precision])
-            stage("tracing the vision tower")
-            visual_model = trace_visual(checkpoint, dtypes[precision])
-            stage("sparsifying")
-            predictors = predictor_model(checkpoint)
-            models, passes = transform_decoder(
-                dense, sparsity, predictor_weights(predictors, checkpoint)
-            )
+            with stage("tracing the decoder"):
+                dense = trace_decoder(checkpoint, dtypes[precision])
+            with stage("tracing the vision tower"):
+                visual_model = trace_visual(checkpoint, dtypes[precision])
+            with stage("sparsifying"):
+                predictors = predictor_model(checkpoint)
+                models, passes = transform_decoder(
+                    dense, sparsity, predictor_weights(predictors, checkpoint)
+                )
             sources = {bundle.DENSE_DECODER: dense}
             if predictors is not None:
                 sources[bundle.PREDICTORS] = predictors
             # First in line, so that the data file is the same whatever the sparsity.
             models = sources | models
-        llm_report = attach_weights(
-            models, llm, checkpoint.tensors, link=link, progress=progress
-        )
-        visual_report = attach_weights(
-            {bundle.VISUAL: visual_model}, visual, checkpoint.tensors, link=link
-        )
-        embedding = write_embedding(
-            llm,
-            checkpoint.tensors["model.embed_tokens.weight"],
-            _numpy_dtype(precision),
-            link=link,
-        )
-        save_models(llm, models)
-        save_models(visual, {bundle.VISUAL: visual_model})
+        with resources.stage("attaching weights"):
+            llm_report = attach_weights(
+                models, llm, checkpoint.tensors, link=link, progress=progress
+            )
+            visual_report = attach_weights(
+                {bundle.VISUAL: visual_model}, visual, checkpoint.tensors, link=link
+            )
+            embedding = write_embedding(
+                llm,
+                checkpoint.tensors["model.embed_tokens.weight"],
+                _numpy_dtype(precision),
+                link=link,
+            )
+        with resources.stage("writing graphs"):
+            save_models(llm, models)
+            save_models(visual, {bundle.VISUAL: visual_model})
         _write_json(visual / "preprocessor_config.json", checkpoint.preprocessor)
         template, eos, warnings = _copy_tokenizer(checkpoint, llm)
         manifest = bundle.Manifest(
@@ -275,7 +280,8 @@ def export(
             producer=tool_versions(),
             source=str(checkpoint.path),
         )
-        bundle.write_manifest(folder, manifest)
+        with resources.stage("digests and manifest"):
+            bundle.write_manifest(folder, manifest)
         written = bytes_of_new_files(folder)
     return ExportReport(
         Path(out),
@@ -464,16 +470,20 @@ def _size(num_bytes: float) -> str:
 
 
 @contextlib.contextmanager
-def show_stages(enabled: bool, total: int) -> Iterator[Callable[[str], None]]:
-    """Show which of `total` stages work is in, on stderr; tracing cannot tell how far it is."""
+def show_stages(enabled: bool, total: int) -> Iterator[Callable[[str], _Stage]]:
+    """Show which of `total` stages work is in, on stderr; tracing cannot tell how far it is.
+
+    What it yields takes the name of a stage, and gives the block that is the stage.
+    """
     from tqdm import tqdm
 
     form = "{desc} {bar} {n}/{total} [{elapsed}]"
     with tqdm(total=total, disable=not enabled, bar_format=form) as bar:
 
-        def stage(name: str) -> None:
+        def stage(name: str) -> _Stage:
             bar.set_description(f"{name:28}")
             bar.update()
+            return resources.stage(name)
 
         yield stage
 

@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dllava_export.byte_sizes import byte_unit, format_bytes
+from dllava_export.comparison_table import HEADING, Row, compare, layer_spans, table_lines
+from dllava_export.plot_files import check_plot_format, save_plot
 from dllava_export.sparsity import Sparsity
 
 __all__ = [
@@ -27,7 +29,6 @@ __all__ = [
 ]
 
 _DENSE = Sparsity(policy="none")
-_PLOT_FORMATS = ("png", "svg", "pdf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,7 +352,7 @@ class InspectionReport:
             ),
         ]
         lines = [f"{name:<10}{value}" for name, value in heading]
-        lines += ["", *_table(self._comparisons())]
+        lines += ["", *table_lines(self._comparisons())]
         if self.passes:
             width = max(len(_pass_name(entry)) for entry in self.passes)
             lines += ["", "Passes"]
@@ -393,26 +394,27 @@ class InspectionReport:
             f"{self._num_kept} of {self.geometry.num_image_tokens} image tokens and {stored}"
         )
 
-    def _comparisons(self) -> list[tuple[str, str, str, str]]:
+    def _comparisons(self) -> list[Row]:
         dense, sparse = self.flops
-        table = [("", "dense", "sparse", "share")]
-        spans = _layer_spans(self.kv[1])
+        table = [HEADING]
+        spans = layer_spans(group.num_layers for group in self.kv[1])
         for first, last in spans:
             name = f"prefill rows, layers {first} to {last}"
-            table.append(_compare(name, self.rows[0][first], self.rows[1][first], str))
+            table.append(compare(name, self.rows[0][first], self.rows[1][first], str))
         table += [
-            _compare("prefill FLOPs", dense.prefill, sparse.prefill, _engineering),
-            _compare("last decode step FLOPs", dense.decode_step, sparse.decode_step,
-                     _engineering),
-            _compare("generation FLOPs", dense.generation, sparse.generation, _engineering),
-            _compare("prefill FLOPs, paper's formula (image rows)", *self.paper, _engineering),
+            compare("prefill FLOPs", dense.prefill, sparse.prefill, _engineering),
+            compare("last decode step FLOPs", dense.decode_step, sparse.decode_step,
+                    _engineering),
+            compare("generation FLOPs", dense.generation, sparse.generation, _engineering),
+            compare("prefill FLOPs, paper's formula (image rows)", *self.paper, _engineering),
         ]  # fmt: skip
         per_layer = [self._kv_bytes_per_layer(index) for index in (0, 1)]
         for first, last in spans:
             name = f"KV cache, layers {first} to {last}"
             dense_bytes, sparse_bytes = (sum(side[first : last + 1]) for side in per_layer)
-            table.append(_compare(name, dense_bytes, sparse_bytes, _bytes))
-        table.append(_compare("KV cache, total", self._kv_total(0), self._kv_total(1), _bytes))
+            table.append(compare(name, dense_bytes, sparse_bytes, format_bytes))
+        totals = self._kv_total(0), self._kv_total(1)
+        table.append(compare("KV cache, total", *totals, format_bytes))
         return table
 
 
@@ -469,13 +471,7 @@ def plot_report(report: InspectionReport, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: If the suffix is another.
     """
-    path = pathlib.Path(path)
-    file_format = path.suffix[1:].lower()
-    if file_format not in _PLOT_FORMATS:
-        raise ValueError(
-            f"Plot {path} has suffix {path.suffix!r}, expected one of "
-            f"{', '.join('.' + name for name in _PLOT_FORMATS)}. Change the file name."
-        )
+    check_plot_format(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
@@ -484,7 +480,7 @@ def plot_report(report: InspectionReport, path: str | os.PathLike[str]) -> None:
     rows_axes.set_title("Prefill", loc="left", fontweight="bold")
     rows_axes.set_ylabel("rows")
     per_layer = [report._kv_bytes_per_layer(index) for index in (0, 1)]
-    unit, size = _byte_unit(max(*per_layer[0], *per_layer[1]))
+    unit, size = byte_unit(max(*per_layer[0], *per_layer[1]))
     _draw_layers(kv_axes, [[value / size for value in side] for side in per_layer])
     kv_axes.set_title(
         f"KV cache after {report.output_len} generated tokens", loc="left", fontweight="bold"
@@ -492,15 +488,9 @@ def plot_report(report: InspectionReport, path: str | os.PathLike[str]) -> None:
     kv_axes.set_ylabel(f"{unit} per layer")
     totals = [report._kv_total(index) for index in (0, 1)]
     _add_legend(rows_axes, [f"{sum(rows):,} rows in all" for rows in report.rows])
-    _add_legend(kv_axes, [f"{_bytes(total)} in all" for total in totals])
+    _add_legend(kv_axes, [f"{format_bytes(total)} in all" for total in totals])
     figure.suptitle(_plot_title(report), x=0.01, ha="left", fontsize=10, color="0.3")
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format=file_format)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_plot(figure, path)
 
 
 def _draw_layers(axes: Any, sides: Sequence[Sequence[float]]) -> None:
@@ -540,50 +530,12 @@ def _plot_title(report: InspectionReport) -> str:
     )
 
 
-def _layer_spans(groups: Iterable[KVGroup]) -> list[tuple[int, int]]:
-    """Return (first, last) layer of each group, both inclusive; empty groups are left out."""
-    spans, first = [], 0
-    for group in groups:
-        if group.num_layers:
-            spans.append((first, first + group.num_layers - 1))
-        first += group.num_layers
-    return spans
-
-
-def _compare(name: str, dense: Any, sparse: Any, form: Any) -> tuple[str, str, str, str]:
-    share = f"{sparse / dense:.1%}" if dense else "-"
-    return name, form(dense), form(sparse), share
-
-
-def _table(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return [
-        "  ".join(
-            [f"{row[0]:<{widths[0]}}"]
-            + [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    ]
-
-
 def _engineering(value: float) -> str:
     """Return four digits with a prefix: 2.488e12 becomes `2.488 T`."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.99995 * factor:
             return f"{value / factor:#.4g} {prefix}"
     return f"{value:.0f}"
-
-
-def _byte_unit(value: float) -> tuple[str, int]:
-    for name, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
-            return name, size
-    return "bytes", 1
-
-
-def _bytes(value: float) -> str:
-    unit, size = _byte_unit(value)
-    return f"{value / size:.1f} {unit}" if size > 1 else f"{value:.0f} {unit}"
 
 
 def _pass_name(entry: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Run a bundle's graphs in ONNX Runtime, with KV buffers bound in place."""
+"""Run a bundle's graphs in ONNX Runtime, with KV buffers bound in place on CPU or GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dllava_export import bundle, names
 from dllava_export.backend import StepInputs, StepOutputs
 from dllava_export.errors import BackendError
 from dllava_export.kv_plan import KVPlan
+from dllava_export.ort_buffers import BoundRun, CacheBuffer, numpy_type
+from dllava_export.ort_providers import check_provider, execution_providers, log_nodes_on_cpu
 
 if TYPE_CHECKING:
     import onnx
@@ -22,20 +24,22 @@ __all__ = ["OrtBackend", "lowered_model", "open_session"]
 logger = logging.getLogger(__name__)
 
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
-_HEAD_DIM_MULTIPLE = 8  # of GroupQueryAttention on the CPU
+_ASSIGNMENT_KEY = "session.record_ep_graph_assignment_info"
+_HEAD_DIM_MULTIPLE = 8  # of GroupQueryAttention
 
 
 class OrtBackend:
-    """A bundle in ONNX Runtime on the CPU: one session for prefill and decode.
+    """A bundle in ONNX Runtime: one session for prefill and decode.
 
     Args:
         folder: The bundle.
         manifest: Its manifest.
+        provider: `cpu`, or `cuda` for an NVIDIA GPU.
         num_threads: Threads of ONNX Runtime; its own default where None.
         decoder: A portable decoder over the bundle's weights, instead of the bundle's own.
 
     Raises:
-        BackendError: If ONNX Runtime is missing or cannot run the graphs.
+        BackendError: If ONNX Runtime is missing, lacks the provider, or cannot run the graphs.
     """
 
     name = "onnxruntime"
@@ -45,13 +49,14 @@ class OrtBackend:
         folder: Path,
         manifest: bundle.Manifest,
         *,
+        provider: str = "cpu",
         num_threads: int | None = None,
         decoder: onnx.ModelProto | None = None,
     ) -> None:
-        if manifest.precision == "bf16":
+        if manifest.precision == "bf16" and provider == "cpu":
             raise BackendError(
                 "The bundle is in bf16, which ONNX Runtime has no CPU kernels for. Export with "
-                "--precision fp16 or fp32."
+                "--precision fp16 or fp32, or run it with --provider cuda."
             )
         head_dim = manifest.geometry.head_dim
         if head_dim % _HEAD_DIM_MULTIPLE:
@@ -61,18 +66,24 @@ class OrtBackend:
             )
         self._folder = folder
         self._manifest = manifest
+        self._provider = provider
         self._num_threads = num_threads
         self._decoder = self._open_decoder(decoder or bundle.DECODER)
         self._sessions: dict[str, ort.InferenceSession] = {}
-        self._caches: dict[str, np.ndarray] = {}
-        self._decode: _BoundStep | None = None
+        self._caches: dict[str, CacheBuffer] = {}
+        self._decode: BoundRun | None = None
         self.plan: KVPlan | None = None
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return image features [num_images, num_image_tokens, hidden_size]."""
         session = self._session("visual")
-        dtype = _numpy_type(session.get_inputs()[0].type)
-        return session.run(None, {names.PIXEL_VALUES: pixel_values.astype(dtype)})[0]
+        geometry = self._manifest.geometry
+        shape = (len(pixel_values), geometry.num_image_tokens, geometry.hidden_size)
+        pixels = pixel_values.astype(numpy_type(session.get_inputs()[0].type))
+        run = BoundRun(
+            "visual", session, {names.PIXEL_VALUES: pixels}, {names.IMAGE_FEATURES: shape}
+        )
+        return run.run()[names.IMAGE_FEATURES]
 
     def allocate(self, plan: KVPlan) -> None:
         """Give the decoder cache buffers of this plan; those it has are used again if they fit.
@@ -94,8 +105,7 @@ class OrtBackend:
         old = self._caches
         self.allocate(plan)
         for name, cache in self._caches.items():
-            rows = min(cache.shape[2], old[name].shape[2])
-            cache[:, :, :rows] = old[name][:, :, :rows]
+            cache.keep_rows(old[name])
 
     def run(self, inputs: StepInputs, *, sample: int | None = None) -> StepOutputs:
         """Feed rows on top of the caches, of all samples or of one.
@@ -103,41 +113,46 @@ class OrtBackend:
         Several rows on top of a filled cache must go sample by sample: the attention kernel
         takes only one such sample at a time.
         """
-        caches = self._caches
-        if sample is not None:
-            caches = {name: cache[sample : sample + 1] for name, cache in caches.items()}
-        return _BoundStep(
-            self._decoder, inputs, caches, self._manifest.geometry.vocab_size
-        ).run()
+        return _step_outputs(self._bound_decoder(inputs, sample).run())
 
     def decode(self, inputs: StepInputs) -> StepOutputs:
         """Feed one row per sample; bindings are made once and the input arrays re-used."""
         if self._decode is None:
-            self._decode = _BoundStep(
-                self._decoder, inputs, self._caches, self._manifest.geometry.vocab_size
-            )
+            self._decode = self._bound_decoder(inputs, None)
         else:
-            self._decode.update(inputs)
-        return self._decode.run()
+            self._decode.update(vars(inputs))
+        return _step_outputs(self._decode.run())
 
     def recompute(self, inputs: StepInputs) -> StepOutputs:
         """Run the decoder without a cache over whole sequences."""
         session = self._session("recompute")
-        feeds = {entry.name: getattr(inputs, entry.name) for entry in session.get_inputs()}
-        wanted = [entry.name for entry in session.get_outputs()]
-        values = dict(zip(wanted, session.run(None, feeds), strict=True))
-        values[names.LOGITS] = values[names.LOGITS].astype(np.float32)
-        return StepOutputs(**values)
+        run = BoundRun("recompute", session, vars(inputs), self._output_shapes(inputs))
+        return _step_outputs(run.run())
 
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a layer's key and value buffers, [batch, num_kv_heads, capacity, head_dim]."""
-        return self._caches[names.past(layer, "key")], self._caches[names.past(layer, "value")]
+        """Return a layer's key and value buffers, [batch, num_kv_heads, capacity, head_dim].
 
-    def _new_cache(self, entry: Any, plan: KVPlan) -> np.ndarray:
+        On the CPU they are the buffers themselves, from a GPU they are copies.
+        """
+        key, value = (self._caches[names.past(layer, part)] for part in ("key", "value"))
+        return key.numpy(), value.numpy()
+
+    def _bound_decoder(self, inputs: StepInputs, sample: int | None) -> BoundRun:
+        shapes = self._output_shapes(inputs)
+        return BoundRun("decoder", self._decoder, vars(inputs), shapes, self._caches, sample)
+
+    def _output_shapes(self, inputs: StepInputs) -> dict[str, tuple[int, ...]]:
+        batch = len(inputs.position_ids)
+        return {
+            names.LOGITS: (batch, self._manifest.geometry.vocab_size),
+            names.KEPT_INDICES: (batch, int(inputs.num_kept[0])),
+        }
+
+    def _new_cache(self, entry: Any, plan: KVPlan) -> CacheBuffer:
         is_sparse = entry.shape[2] == names.CAPACITY_SPARSE
         capacity = plan.capacity_sparse if is_sparse else plan.capacity_full
         shape = (plan.batch, entry.shape[1], capacity, entry.shape[3])
-        return np.zeros(shape, _numpy_type(entry.type))
+        return CacheBuffer(shape, numpy_type(entry.type), self._provider)
 
     def _session(self, what: str) -> ort.InferenceSession:
         """Open the visual or the recompute graph when it is first needed."""
@@ -146,72 +161,28 @@ class OrtBackend:
                 self._sessions[what] = self._open_decoder(bundle.RECOMPUTE)
             else:
                 path = self._folder / bundle.VISUAL_FOLDER / bundle.VISUAL
-                self._sessions[what] = open_session(path, num_threads=self._num_threads)
+                self._sessions[what] = open_session(
+                    path, provider=self._provider, num_threads=self._num_threads
+                )
         return self._sessions[what]
 
     def _open_decoder(self, source: str | onnx.ModelProto) -> ort.InferenceSession:
         folder = self._folder / bundle.LLM_FOLDER
-        model = lowered_model(folder / source if isinstance(source, str) else source)
-        return open_session(model, folder=folder, num_threads=self._num_threads)
+        model = lowered_model(
+            folder / source if isinstance(source, str) else source, provider=self._provider
+        )
+        return open_session(
+            model, folder=folder, provider=self._provider, num_threads=self._num_threads
+        )
 
 
-class _BoundStep:
-    """One shape of decoder run: inputs, outputs and caches bound to fixed arrays."""
+def lowered_model(source: Path | onnx.ModelProto, *, provider: str = "cpu") -> onnx.ModelProto:
+    """Return a portable decoder in ONNX Runtime's form; weights stay external.
 
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        inputs: StepInputs,
-        caches: dict[str, np.ndarray],
-        vocab_size: int,
-    ) -> None:
-        import onnxruntime as ort
-
-        self._session = session
-        self._binding = session.io_binding()
-        self._inputs = {}
-        self._outputs = {}
-        batch = len(inputs.position_ids)
-        values = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in caches.items()}
-        for entry in session.get_inputs():
-            if entry.name in values:
-                self._binding.bind_ortvalue_input(entry.name, values[entry.name])
-                continue
-            array = np.ascontiguousarray(getattr(inputs, entry.name))
-            self._inputs[entry.name] = array
-            self._binding.bind_ortvalue_input(
-                entry.name, ort.OrtValue.ortvalue_from_numpy(array)
-            )
-        shapes = {
-            names.LOGITS: (batch, vocab_size),
-            names.KEPT_INDICES: (batch, int(inputs.num_kept[0])),
-        }
-        for entry in session.get_outputs():
-            past = entry.name.replace("present.", "past_key_values.")
-            if past in values:
-                self._binding.bind_ortvalue_output(entry.name, values[past])
-                continue
-            array = np.empty(shapes.get(entry.name, (batch,)), _numpy_type(entry.type))
-            self._outputs[entry.name] = array
-            self._binding.bind_ortvalue_output(
-                entry.name, ort.OrtValue.ortvalue_from_numpy(array)
-            )
-
-    def update(self, inputs: StepInputs) -> None:
-        """Copy new values into the bound arrays."""
-        for name, array in self._inputs.items():
-            array[...] = getattr(inputs, name)
-
-    def run(self) -> StepOutputs:
-        """Run and return copies of the outputs, logits in float32."""
-        self._session.run_with_iobinding(self._binding)
-        outputs = {name: array.copy() for name, array in self._outputs.items()}
-        outputs[names.LOGITS] = outputs[names.LOGITS].astype(np.float32, copy=False)
-        return StepOutputs(**outputs)
-
-
-def lowered_model(source: Path | onnx.ModelProto) -> onnx.ModelProto:
-    """Return a portable decoder in ONNX Runtime's form; weights stay external."""
+    Args:
+        source: The decoder, or its file.
+        provider: `cpu` or `cuda`: their kernels take different types.
+    """
     import onnx
 
     from dllava_export.passes import graph_from_model, model_from_graph, run_passes
@@ -220,7 +191,7 @@ def lowered_model(source: Path | onnx.ModelProto) -> onnx.ModelProto:
     if isinstance(source, Path):
         source = onnx.load(source, load_external_data=False)
     graph = graph_from_model(source)
-    run_passes(graph, lowering_passes())
+    run_passes(graph, lowering_passes(provider))
     return model_from_graph(graph)
 
 
@@ -228,17 +199,19 @@ def open_session(
     model: Path | onnx.ModelProto,
     *,
     folder: Path | None = None,
+    provider: str = "cpu",
     num_threads: int | None = None,
 ) -> ort.InferenceSession:
-    """Open a model on the CPU.
+    """Open a model.
 
     Args:
         model: A file, or a model whose external weights lie in `folder`.
         folder: See `model`.
+        provider: `cpu` or `cuda`.
         num_threads: Threads for one run; ONNX Runtime's default where None.
 
     Raises:
-        BackendError: If ONNX Runtime is missing or refuses the model.
+        BackendError: If ONNX Runtime is missing, lacks the provider, or refuses the model.
     """
     try:
         import onnxruntime as ort
@@ -246,23 +219,29 @@ def open_session(
         raise BackendError(
             f"ONNX Runtime cannot be imported ({error}). Install it: pip install onnxruntime-gpu"
         ) from error
+    providers = execution_providers(provider)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Idle threads must not go on spinning: they would slow whatever runs between two steps.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if provider == "cuda":
+        options.add_session_config_entry(_ASSIGNMENT_KEY, "1")
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     if folder is not None:
         options.add_session_config_entry(_FOLDER_KEY, str(folder))
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime's errors share no base class
         where = model if isinstance(model, Path) else folder
         raise BackendError(f"ONNX Runtime refuses the model in {where}: {error}") from error
+    check_provider(session, provider)
+    if provider == "cuda":
+        log_nodes_on_cpu(session)
+    return session
 
 
-def _numpy_type(onnx_type: str) -> np.dtype:
-    """Return the dtype behind ONNX Runtime's `tensor(float16)` and the like."""
-    name = onnx_type.removeprefix("tensor(").removesuffix(")")
-    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
+def _step_outputs(values: dict[str, np.ndarray]) -> StepOutputs:
+    logits = values[names.LOGITS].astype(np.float32, copy=False)
+    return StepOutputs(**{**values, names.LOGITS: logits})

@@ -8,7 +8,13 @@ if TYPE_CHECKING:
     from dllava_export.passes import Pass, PredictorWeights
     from dllava_export.sparsity import Sparsity
 
-__all__ = ["decoder_passes", "lowering_passes", "normalising_passes", "recompute_passes"]
+__all__ = [
+    "decoder_passes",
+    "lowering_passes",
+    "normalising_passes",
+    "recompute_passes",
+    "tensorrt_passes",
+]
 
 
 def normalising_passes() -> list[Pass]:
@@ -70,8 +76,20 @@ def recompute_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> li
     return steps
 
 
-def lowering_passes() -> list[Pass]:
-    """Return what fits a portable graph to ONNX Runtime."""
+def lowering_passes(provider: str = "cpu") -> list[Pass]:
+    """Return what fits a portable graph to ONNX Runtime; see `LowerForOnnxRuntimePass`."""
     from dllava_export.passes import LowerForOnnxRuntimePass
 
-    return [LowerForOnnxRuntimePass()]
+    return [LowerForOnnxRuntimePass(provider)]
+
+
+def tensorrt_passes(
+    capacity_full: int, capacity_sparse: int, plugin_ops: tuple[str, ...] = ()
+) -> list[Pass]:
+    """Return what fits a portable graph to TensorRT, and its ops to their plugins."""
+    from dllava_export.passes import LowerForPluginsPass, LowerForTensorRTPass
+
+    steps: list[Pass] = [LowerForTensorRTPass(capacity_full, capacity_sparse, plugin_ops)]
+    if plugin_ops:
+        steps.append(LowerForPluginsPass(plugin_ops))
+    return steps

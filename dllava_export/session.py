@@ -21,6 +21,7 @@ from dllava_export.kv_plan import SPARE_ROWS, KVPlan, plan_kv_cache
 from dllava_export.ort_backend import OrtBackend
 from dllava_export.prompt_reader import PromptReader, Prompts
 from dllava_export.prompt_rows import PromptRows, assemble_prompt
+from dllava_export.trt_backend import TrtBackend
 
 if TYPE_CHECKING:
     from dllava_export.chat import ChatTokenizer
@@ -37,7 +38,7 @@ __all__ = [
     "load",
 ]
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,19 +92,25 @@ def load(
     path: str | Path,
     backend: str = "onnxruntime",
     *,
+    provider: str | None = None,
     max_length: int | None = None,
     num_threads: int | None = None,
     verify: bool = True,
+    cuda_graph: bool = True,
 ) -> Session:
     """Open a bundle.
 
     Args:
         path: The bundle.
-        backend: `onnxruntime`.
+        backend: `onnxruntime`, or `tensorrt` or `tensorrt-rtx` for engines that
+            `dllava-export build` made.
+        provider: Where ONNX Runtime computes: `cpu` (the default) or `cuda`.
         max_length: Largest number of tokens, prompt and answer together, that a sample may
-            have; the model's `max_position_embeddings` by default.
-        num_threads: Threads of the runtime; its own default where None.
+            have; by default the model's `max_position_embeddings`, or the capacity of its
+            engines if that is less.
+        num_threads: CPU threads of ONNX Runtime; its own default where None. TensorRT has none.
         verify: Compare the files with the digests in the manifest.
+        cuda_graph: Run TensorRT's decode steps as a CUDA graph.
 
     Raises:
         BackendError: If there is no such backend, or it cannot run the bundle.
@@ -115,14 +122,24 @@ def load(
             f"There is no backend {backend!r}; this version has {', '.join(BACKENDS)}. "
             "`dllava-export doctor` tells what each one needs."
         )
+    if provider is not None and backend != OrtBackend.name:
+        raise BackendError(
+            f"provider {provider!r} was given with backend {backend!r}, which has none; "
+            "it belongs to onnxruntime. Leave it out."
+        )
     folder = Path(path)
     manifest = bundle.read_manifest(folder, verify=verify)
-    limit = max_length if max_length is not None else manifest.max_position_embeddings
-    if limit < 1:
+    if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}.")
-    return Session(
-        folder, manifest, OrtBackend(folder, manifest, num_threads=num_threads), limit
-    )
+    longest = manifest.max_position_embeddings
+    if backend == OrtBackend.name:
+        opened: Backend = OrtBackend(
+            folder, manifest, provider=provider or "cpu", num_threads=num_threads
+        )
+    else:
+        opened = TrtBackend(folder, manifest, backend, verify=verify, cuda_graph=cuda_graph)
+        longest = min(longest, opened.max_length)
+    return Session(folder, manifest, opened, max_length if max_length is not None else longest)
 
 
 def check_image_choice(manifest: bundle.Manifest, image: str | None) -> str | None:

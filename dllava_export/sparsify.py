@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllava_export import bundle, names
+from dllava_export import bundle, names, resources
 from dllava_export.checkpoint_config import PredictorConfig, predictor_config, read_json
 from dllava_export.errors import BundleError, UnsupportedModelError
 from dllava_export.export import (
@@ -113,11 +113,11 @@ def sparsify(
     with bundle.new_bundle(Path(out)) as folder, show_stages(progress, _NUM_STAGES) as stage:
         llm = folder / bundle.LLM_FOLDER
         llm.mkdir()
-        stage("reading the decoder")
-        decoder = _from_bundle(source) if source.is_dir() else _from_onnx(source, llm)
-        trained = decoder.predictors
-        if predictors is not None:
-            trained = _from_checkpoint(predictors, llm)
+        with stage("reading the decoder"):
+            decoder = _from_bundle(source) if source.is_dir() else _from_onnx(source, llm)
+            trained = decoder.predictors
+            if predictors is not None:
+                trained = _from_checkpoint(predictors, llm)
         geometry = decoder.manifest.geometry
         sparsity = complete_sparsity(
             options or SparsityOptions(),
@@ -129,18 +129,18 @@ def sparsify(
         )
         if trained is not None:
             _check_width(trained, predictors, source, geometry.hidden_size)
-        stage("sparsifying")
-        weights = trained.weights() if trained is not None else None
-        models, passes = transform_decoder(decoder.model, sparsity, weights)
-        _check_inputs(source, models[bundle.DECODER])
-        stage("writing")
-        models[bundle.DENSE_DECODER] = decoder.model
-        if trained is not None:
-            models[bundle.PREDICTORS] = trained.model
-            geometry = dataclasses.replace(geometry, predictor=_sizes(trained.config))
-        save_models(llm, models)
-        if source.is_dir():
-            _carry_over(source, folder, models, decoder.manifest)
+        with stage("sparsifying"):
+            weights = trained.weights() if trained is not None else None
+            models, passes = transform_decoder(decoder.model, sparsity, weights)
+            _check_inputs(source, models[bundle.DECODER])
+        with stage("writing"):
+            models[bundle.DENSE_DECODER] = decoder.model
+            if trained is not None:
+                models[bundle.PREDICTORS] = trained.model
+                geometry = dataclasses.replace(geometry, predictor=_sizes(trained.config))
+            save_models(llm, models)
+            if source.is_dir():
+                _carry_over(source, folder, models, decoder.manifest)
         manifest = dataclasses.replace(
             decoder.manifest,
             geometry=geometry,
@@ -153,7 +153,8 @@ def sparsify(
             producer=tool_versions(),
             source=str(source),
         )
-        bundle.write_manifest(folder, manifest)
+        with resources.stage("digests and manifest"):
+            bundle.write_manifest(folder, manifest)
         written = bytes_of_new_files(folder)
         total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     seconds = time.perf_counter() - start

@@ -106,9 +106,11 @@ def trace_answer(
     prompt: str | None = None,
     input_ids: Sequence[int] | None = None,
     max_new_tokens: int = 128,
+    backend: str = "onnxruntime",
+    provider: str | None = None,
     num_threads: int | None = None,
 ) -> AnswerTrace:
-    """Answer a prompt greedily in ONNX Runtime and remember what was kept.
+    """Answer a prompt greedily and remember what was kept.
 
     Args:
         folder: The bundle.
@@ -116,9 +118,12 @@ def trace_answer(
         prompt: The question; the bundle's chat template is put around it.
         input_ids: Token ids instead of `prompt`, -200 for the image.
         max_new_tokens: Tokens generated at most.
+        backend: As `load` takes it. Scores always come from ONNX Runtime on the CPU.
+        provider: As `load` takes it.
         num_threads: Threads of ONNX Runtime; its own default where None.
 
     Raises:
+        BackendError: If the backend cannot run the bundle.
         InvalidInputError: If prompt and image do not fit the bundle or each other.
         CapacityError: If the prompt is too long.
         ValueError: If `max_new_tokens` is not positive.
@@ -130,7 +135,7 @@ def trace_answer(
     if (prompt is None) == (input_ids is None):
         raise InvalidInputError("Give either prompt or input_ids, one of the two.")
     folder = Path(folder)
-    session = load(folder, num_threads=num_threads)
+    session = load(folder, backend, provider=provider, num_threads=num_threads)
     manifest = session.manifest
     picture = check_image_choice(manifest, image)
     if picture is not None:

@@ -11,6 +11,8 @@ from dllava_export.passes.insert_keep_bit import InsertKeepBitPass
 from dllava_export.passes.insert_kv_cache import InsertKVCachePass
 from dllava_export.passes.insert_output_text_selection import InsertOutputTextSelectionPass
 from dllava_export.passes.lower_for_onnxruntime import LowerForOnnxRuntimePass
+from dllava_export.passes.lower_for_plugins import LowerForPluginsPass
+from dllava_export.passes.lower_for_tensorrt import LowerForTensorRTPass
 from dllava_export.passes.policies import PredictorWeights
 from dllava_export.passes.replace_token_ids import ReplaceTokenIdsPass
 
@@ -24,6 +26,8 @@ __all__ = [
     "InsertKeepBitPass",
     "InsertOutputTextSelectionPass",
     "LowerForOnnxRuntimePass",
+    "LowerForPluginsPass",
+    "LowerForTensorRTPass",
     "Pass",
     "PassResult",
     "PredictorWeights",

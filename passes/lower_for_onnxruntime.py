@@ -6,8 +6,12 @@ After:   com.microsoft::GroupQueryAttention with past and present in one buffer,
 Before:  MatMul(x, Transpose(weight))
 After:   com.microsoft::FusedMatMul(x, weight, transB=1), which reads the weight as stored
 
+Both kernels take other types on a GPU: there is no GroupQueryAttention in float32 with CUDA (the
+body of KVCacheAttention runs instead, at the cost of the capacity), and no FusedMatMul in float16
+on the CPU.
+
 Requires  nothing.
-Ensures   no KVCacheAttention is left whose heads the kernel takes: widths that 8 divides.
+Ensures   no KVCacheAttention is left that the kernel takes: its type, and heads that 8 divides.
 """
 
 from __future__ import annotations
@@ -26,23 +30,37 @@ from dllava_export.passes.patterns import is_transpose, producer
 __all__ = ["LowerForOnnxRuntimePass"]
 
 _MICROSOFT = "com.microsoft"
+_PROVIDERS = ("cpu", "cuda")
 _HEAD_DIM_UNIT = 8  # GroupQueryAttention refuses heads of other widths
 
 
 @dataclasses.dataclass(frozen=True)
 class LowerForOnnxRuntimePass(Pass):
-    """Replace portable ops by ONNX Runtime's own where those are faster."""
+    """Replace portable ops by ONNX Runtime's own where those are faster.
+
+    Attributes:
+        provider: Where it computes, `cpu` or `cuda`.
+    """
+
+    provider: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Check the provider."""
+        if self.provider not in _PROVIDERS:
+            raise ValueError(
+                f"provider must be one of {', '.join(_PROVIDERS)}, got {self.provider!r}."
+            )
 
     def apply(self, graph: gs.Graph) -> bool:
         """Lower every match; return True where there was one."""
-        attentions = [node for node in graph.nodes if _is_cached_attention(node)]
+        attentions = [node for node in graph.nodes if self._takes_attention(node)]
         lengths: dict[tuple[int, int], tuple[gs.Variable, gs.Variable]] = {}
         for node in attentions:
             key = id(node.inputs[5]), id(node.inputs[6])
             if key not in lengths:
                 lengths[key] = _sequence_lengths(graph, node, f"group_{len(lengths)}")
             _lower_attention(node, *lengths[key])
-        products = [node for node in graph.nodes if _reads_stored_weight(node)]
+        products = [node for node in graph.nodes if self._takes_product(node)]
         for node in products:
             node.op, node.domain = "FusedMatMul", _MICROSOFT
             node.inputs[1] = producer(node.inputs[1]).inputs[0]
@@ -52,23 +70,26 @@ class LowerForOnnxRuntimePass(Pass):
     def ensures(self, graph: gs.Graph) -> None:
         """No op may be left that this pass replaces."""
         for node in graph.nodes:
-            if _is_cached_attention(node):
+            if self._takes_attention(node):
                 raise PostconditionError(f"{node.name!r} was not lowered.")
 
+    def _takes_attention(self, node: gs.Node) -> bool:
+        """True for a KVCacheAttention whose type and heads GroupQueryAttention takes."""
+        if node.op != "KVCacheAttention" or node.inputs[3].shape[-1] % _HEAD_DIM_UNIT:
+            return False
+        return self.provider == "cpu" or node.inputs[3].dtype != np.float32
 
-def _is_cached_attention(node: gs.Node) -> bool:
-    return node.op == "KVCacheAttention" and node.inputs[3].shape[-1] % _HEAD_DIM_UNIT == 0
-
-
-def _reads_stored_weight(node: gs.Node) -> bool:
-    """True for a float32 MatMul by a transposed weight (there is no fused float16 kernel)."""
-    if node.op != "MatMul" or node.domain:
-        return False
-    transpose = producer(node.inputs[1])
-    if not is_transpose(transpose, [1, 0]):
-        return False
-    weight = transpose.inputs[0]
-    return isinstance(weight, gs.Constant) and weight.dtype == np.float32
+    def _takes_product(self, node: gs.Node) -> bool:
+        """True for a MatMul by a transposed weight of a type that FusedMatMul takes."""
+        if node.op != "MatMul" or node.domain:
+            return False
+        transpose = producer(node.inputs[1])
+        if not is_transpose(transpose, [1, 0]):
+            return False
+        weight = transpose.inputs[0]
+        if not isinstance(weight, gs.Constant):
+            return False
+        return self.provider == "cuda" or weight.dtype == np.float32
 
 
 def _sequence_lengths(

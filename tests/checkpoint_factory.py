@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every layout, and a 7B-shaped one made of holes."""
+"""Tiny checkpoints of every layout, and ones of 7B and 13B shapes made of holes."""
 
 from __future__ import annotations
 
@@ -81,6 +81,20 @@ CONFIGS = {
     "dynamic-llava": DYNAMIC_CONFIG,
     "llava-hf": HF_CONFIG,
     "llava-hf new": HF_CONFIG,
+}
+SPARSE_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+SPARSE_13B = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
 }
 _TOWER = "vision tower"
 _STORED_PREFIXES = {
@@ -225,31 +239,55 @@ def write_files(
 
 
 def make_sparse_7b(folder: Path, dtype_name: str = "F16", num_layers: int = 32) -> None:
-    """Write a checkpoint of 7B shapes whose values are holes, zeros without disk space."""
+    """Write a checkpoint of 7B shapes in one file; see `make_sparse`."""
+    make_sparse(folder, {**SPARSE_7B, "num_hidden_layers": num_layers}, dtype_name)
+
+
+def make_sparse(
+    folder: Path, shapes: Mapping[str, int], dtype_name: str = "F16", num_shards: int = 1
+) -> None:
+    """Write a checkpoint whose values are holes, zeros without disk space.
+
+    Args:
+        folder: Where; created.
+        shapes: Keys of config.json: `SPARSE_7B` or `SPARSE_13B`.
+        dtype_name: Type of all tensors, as safetensors spells it.
+        num_shards: Files, of about the same size.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         **DYNAMIC_CONFIG,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
+        **shapes,
         "vocab_size": 32000,
+        "max_position_embeddings": 4096,
         "mm_vision_tower": "openai/clip-vit-large-patch14-336",
         "sparse_config": {**SPARSE_CONFIG, "d_model": 512, "nhead": 8, "dim_feedforward": 2048}
         | {"num_layers": 2, "sparse_layer": 2},
     }
     write_json(folder / "config.json", config)
-    header: dict[str, Any] = {}
-    end = 0
-    for name, source in random_checkpoint(folder / "config.json").tensors.items():
-        begin, end = end, end + source.num_values * DTYPE_NAMES[dtype_name].itemsize
-        header[stored_key(name, "dynamic-llava")] = {
+    tensors = random_checkpoint(folder / "config.json").tensors
+    itemsize = DTYPE_NAMES[dtype_name].itemsize
+    total = itemsize * sum(source.num_values for source in tensors.values())
+    headers: list[dict[str, Any]] = [{} for _ in range(num_shards)]
+    ends, written, weight_map = [0] * num_shards, 0, {}
+    for name, source in tensors.items():
+        shard, num_bytes = written * num_shards // total, source.num_values * itemsize
+        key = stored_key(name, "dynamic-llava")
+        headers[shard][key] = {
             "dtype": dtype_name,
             "shape": list(source.shape),
-            "data_offsets": [begin, end],
+            "data_offsets": [ends[shard], ends[shard] + num_bytes],
         }
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+        ends[shard] += num_bytes
+        written += num_bytes
+        weight_map[key] = shard
+    names = ["model.safetensors"]
+    if num_shards > 1:
+        names = [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
+        index = {"weight_map": {key: names[shard] for key, shard in weight_map.items()}}
+        write_json(folder / "model.safetensors.index.json", index)
+    for name, header, end in zip(names, headers, ends, strict=True):
+        text = json.dumps(header).encode()
+        with (folder / name).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)

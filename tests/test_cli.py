@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,10 @@ COMMANDS = (
     "sparsify",
     "run",
     "inspect",
+    "plan",
     "bench",
+    "build",
+    "validate",
     "train-predictors",
     "evaluate",
     "visualize",
@@ -51,6 +55,13 @@ def succeed(*arguments: object) -> Result:
     result = invoke(*arguments)
     assert (result.exit_code, result.exception) == (0, None), result.output
     return result
+
+
+def notes(result: Result) -> str:
+    """Return stderr without its last line, which says what the command took."""
+    *lines, last = result.stderr.splitlines(keepends=True)
+    assert re.fullmatch(r"[a-z-]+ took \d+\.\d s; peak RSS .+; .+ written\n", last)
+    return "".join(lines)
 
 
 def assert_fails(exit_code: int, *parts: str, arguments: list[object]) -> None:
@@ -133,7 +144,7 @@ def test_export_prints_what_was_written(checkpoint, tmp_path, traced_once):
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"Wrote {tmp_path}/out in ")
     assert lines[2].split(":")[1] == " 2 of 4 image tokens, generated text keep rate 0.5"
-    assert result.stderr == ""
+    assert notes(result) == ""
     assert bundle.read_manifest(tmp_path / "out").sparsity.policy == "predictor"
 
 
@@ -185,7 +196,7 @@ def test_run_prints_json(bundles):
     answer = json.loads(result.stdout)
     assert (answer["num_image_tokens"], answer["num_kept_image_tokens"]) == (64, 18)
     assert answer["finish_reason"] in ("stop", "length")
-    assert result.stderr == ""
+    assert notes(result) == ""
 
 
 def test_run_repeats_a_seed(bundles):
@@ -218,7 +229,7 @@ def test_inspect_keeps_json_apart_from_messages(bundles, tmp_path):
     arguments = [bundles.path("gqa"), "--json", "--plot", tmp_path / "plot.svg"]
     result = succeed("inspect", *arguments)
     assert json.loads(result.stdout)["prompt_text_len"] == 64
-    assert result.stderr == f"Drew {tmp_path}/plot.svg\n"
+    assert notes(result) == f"Drew {tmp_path}/plot.svg\n"
 
 
 def test_inspect_knows_decoders_without_an_image(bundles, tmp_path):
@@ -226,6 +237,46 @@ def test_inspect_knows_decoders_without_an_image(bundles, tmp_path):
     geometry["num_image_tokens"] = 0
     folder = changed(bundles.path("gqa"), tmp_path / "out", geometry=geometry)
     assert "0 of 0 image tokens" in succeed("inspect", folder).stdout
+
+
+PLAN = ["--gpu-memory", "24GiB", "--max-input-len", 70, "--max-new-tokens", 30]
+
+
+def test_plan_prints_a_table(bundles):
+    text = succeed("plan", bundles.path("gqa"), *PLAN, "--batch-size", 2).stdout
+    assert (
+        "Request   70 prompt tokens, 64 of them of an image, and 30 new ones; batch 2" in text
+    )
+    assert "A batch of 2 fits in 24.00 GiB" in text
+
+
+def test_plan_prints_json_and_plots(bundles, tmp_path):
+    arguments = [bundles.path("gqa"), *PLAN, "--json", "--plot", tmp_path / "plan.svg"]
+    result = succeed("plan", *arguments)
+    assert json.loads(result.stdout)["request"]["gpu_memory"] == 24 * 2**30
+    assert notes(result) == f"Drew {tmp_path}/plan.svg\n"
+    assert (tmp_path / "plan.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_plan_refuses_a_size_without_a_unit(bundles):
+    arguments = ["plan", bundles.path("gqa"), *PLAN, "--gpu-memory", "24"]
+    assert_fails(2, "'24' is no size; expected a number above 0", arguments=arguments)
+
+
+def test_every_command_says_what_it_took(bundles):
+    result = succeed("inspect", bundles.path("gqa"), "--profile")
+    *table, last = result.stderr.splitlines()
+    assert table[0].split() == "stage time RSS at end peak RSS so far written".split()
+    assert [line.split("  ")[0] for line in table[1:]] == [
+        "checking the bundle",
+        "other",
+        "in all",
+    ]
+    assert last.startswith("inspect took ")
+
+
+def test_quiet_does_not_say_what_a_command_took(bundles):
+    assert succeed("-q", "inspect", bundles.path("gqa")).stderr == ""
 
 
 @pytest.fixture
@@ -419,9 +470,9 @@ def test_plain_llava_has_no_predictors(plain, tmp_path):
                      "ids instead of text. Use --input-ids", id="text without tokenizer"),
         pytest.param(["--input-ids", "5", "--image", "no.png"], "no.png does not exist",
                      id="missing image"),
-        pytest.param([*WITH_IMAGE, "--backend", "tensorrt"],
-                     "There is no backend 'tensorrt'; this version has onnxruntime.",
-                     id="unknown backend"),
+        pytest.param([*WITH_IMAGE, "--backend", "tensorrt-rtx", "--provider", "cpu"],
+                     "provider 'cpu' was given with backend 'tensorrt-rtx', which has none",
+                     id="provider of another backend"),
     ],
 )  # fmt: skip
 def test_requests_that_do_not_fit_the_bundle(bundles, options, message):

@@ -8,6 +8,7 @@ import types
 import pytest
 
 from dllava_export import doctor
+from dllava_export.errors import BackendError
 
 
 @pytest.fixture
@@ -58,15 +59,77 @@ def test_onnxruntime_runs_bundles_here(no_gpu):
     assert status.summary.startswith("runs bundles on the CPU")
 
 
-def test_tensorrt_backends_are_planned(no_gpu, monkeypatch):
-    installed(monkeypatch, tensorrt_rtx_cu13="1.7")
-    found = backends(doctor.collect())
-    assert found["tensorrt-rtx"].version == "1.7"
-    assert found["tensorrt"].version is None
-    for name, extra in (("tensorrt-rtx", "trt-rtx"), ("tensorrt", "trt")):
-        assert not found[name].can_run
-        assert found[name].summary == "planned, not in this release"
-        assert found[name].install == f'pip install "dllava-export[{extra}]"'
+def stand_in(monkeypatch, backend, outcome):
+    """Let `trt_module` of one backend return a module or raise an error."""
+
+    def trt_module(name):
+        if name == backend and not isinstance(outcome, Exception):
+            return outcome
+        raise outcome if name == backend else BackendError("not this one")
+
+    monkeypatch.setattr(doctor, "trt_module", trt_module)
+
+
+RTX = types.SimpleNamespace(
+    ComputeCapability=types.SimpleNamespace(__members__=["NONE", "CURRENT", "SM75", "SM120"])
+)
+
+
+def gpu(compute_capability):
+    return (doctor.Gpu("GPU", 1024, None, compute_capability),)
+
+
+def test_tensorrt_rtx_here(no_gpu):
+    pytest.importorskip("tensorrt_rtx")
+    status = backends(doctor.collect())["tensorrt-rtx"]
+    assert (status.can_build, status.can_run) == (True, False)
+    assert status.summary == (
+        "builds engines, runs none: that needs an NVIDIA GPU, and none is there"
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "can_run", "summary"),
+    [
+        ((), False, "builds engines, runs none: that needs an NVIDIA GPU, and none is there"),
+        (
+            gpu("9.0"),
+            False,
+            "builds engines, runs none: compute capability 9.0 is none of 7.5, 12.0",
+        ),
+        (gpu("12.0"), True, "builds engines and runs them"),
+    ],
+)
+def test_tensorrt_rtx_by_gpu(monkeypatch, gpus, can_run, summary):
+    stand_in(monkeypatch, "tensorrt-rtx", RTX)
+    status = doctor._tensorrt_rtx_status("1.7", gpus)
+    assert (status.can_build, status.can_run, status.summary) == (True, can_run, summary)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "usable", "summary"),
+    [
+        ((), False, "neither builds engines nor runs them: both need an NVIDIA GPU"),
+        (gpu("9.0"), True, "builds engines, with plugins, and runs them"),
+    ],
+)
+def test_tensorrt_by_gpu(monkeypatch, gpus, usable, summary):
+    stand_in(monkeypatch, "tensorrt", types.SimpleNamespace())
+    status = doctor._tensorrt_status("11.0", gpus)
+    assert (status.can_build, status.can_run) == (usable, usable)
+    assert status.summary.startswith(summary)
+
+
+@pytest.mark.parametrize(
+    ("backend", "extra"), [("tensorrt-rtx", "trt-rtx"), ("tensorrt", "trt")]
+)
+def test_tensorrt_that_does_not_work(no_gpu, monkeypatch, backend, extra):
+    stand_in(monkeypatch, backend, BackendError("The Python module has no library."))
+    installed(monkeypatch, **{"tensorrt_rtx_cu13": "1.7", "tensorrt_cu13_bindings": "11.4"})
+    status = backends(doctor.collect())[backend]
+    assert (status.can_build, status.can_run) == (False, False)
+    assert status.summary == "The Python module has no library."
+    assert status.install == f'pip install "dllava-export[{extra}]"'
 
 
 def test_nothing_installed(no_gpu, monkeypatch):
@@ -76,6 +139,15 @@ def test_nothing_installed(no_gpu, monkeypatch):
     status = backends(report)["onnxruntime"]
     assert (status.can_run, status.summary) == (False, "bundles cannot run")
     assert "to install: pip install onnxruntime" in report.to_text()
+    assert 'to install: pip install "dllava-export[trt-rtx]"' in report.to_text()
+
+
+def test_tensorrt_that_is_not_installed(no_gpu, monkeypatch):
+    installed(monkeypatch)
+    stand_in(monkeypatch, "tensorrt-rtx", BackendError("cannot be imported"))
+    found = backends(doctor.collect())
+    for name in ("tensorrt", "tensorrt-rtx"):
+        assert found[name].summary == "engines can be neither built nor run"
 
 
 def test_onnxruntime_that_cannot_be_imported(no_gpu, monkeypatch):
@@ -147,7 +219,6 @@ def test_torch_that_cannot_be_imported(monkeypatch):
 def test_text(no_gpu):
     text = doctor.collect().to_text()
     assert "  no NVIDIA GPU found" in text
-    assert "planned, not in this release" in text
     assert f"python             {platform.python_version()}" in text
 
 

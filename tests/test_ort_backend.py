@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import shutil
@@ -11,6 +12,7 @@ import pytest
 
 from dllava_export import bundle, names
 from dllava_export.backend import StepInputs
+from dllava_export.doctor import collect
 from dllava_export.errors import BackendError
 from dllava_export.kv_plan import KVPlan
 from dllava_export.ort_backend import OrtBackend, lowered_model, open_session
@@ -115,6 +117,43 @@ def test_lowering_leaves_weights_outside(opened):
     assert "KVCacheAttention" not in ops
     assert "GroupQueryAttention" in ops
     assert lowered_model(path).ByteSize() < path.stat().st_size + 4096
+
+
+def ops_for(folder, provider):
+    model = lowered_model(folder / "llm" / bundle.DECODER, provider=provider)
+    return collections.Counter(node.op_type for node in model.graph.node)
+
+
+def test_cuda_takes_its_own_attention_in_half_precision_only(bundles):
+    in_float32 = ops_for(bundles.path("mha"), "cuda")
+    assert "KVCacheAttention" in in_float32
+    assert "GroupQueryAttention" not in in_float32
+    in_float16 = ops_for(bundles.path("mha", "fp16"), "cuda")
+    assert "KVCacheAttention" not in in_float16
+    assert "GroupQueryAttention" in in_float16
+
+
+def test_only_cuda_takes_transposed_weights_in_half_precision(bundles):
+    folder = bundles.path("mha", "fp16")
+    on_gpu, on_cpu = (ops_for(folder, where)["FusedMatMul"] for where in ("cuda", "cpu"))
+    # Seven in each layer and one for the logits; the float32 predictors have theirs anyway.
+    assert on_gpu - on_cpu == 4 * 7 + 1
+
+
+def test_never_computes_on_the_cpu_where_cuda_was_asked_for(opened):
+    if collect().gpus:
+        pytest.skip("there is an NVIDIA GPU")
+    with pytest.raises(BackendError, match=r"without CUDA|fell back to the CPU"):
+        OrtBackend(*opened, provider="cuda")
+
+
+def test_a_failing_run_names_the_graph_and_shapes(backend):
+    backend.allocate(PLAN)
+    with pytest.raises(
+        BackendError, match=r"failed in the decoder graph: .* inputs_embeds 3x5x64, "
+    ):
+        backend.run(prompt_step(batch=3))
+    assert backend.run(prompt_step()).keep.tolist() == [True, True]
 
 
 def test_logits_are_float32_in_every_precision(bundles):

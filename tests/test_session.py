@@ -542,7 +542,8 @@ def test_eos_token_ids_come_from_the_config_without_a_tokenizer(bundles):
 
 def test_load_refuses_an_unknown_backend(bundles):
     with pytest.raises(
-        BackendError, match=r"no backend 'cuda'; this version has onnxruntime\."
+        BackendError,
+        match=r"no backend 'cuda'; this version has onnxruntime, tensorrt, tensorrt-rtx\.",
     ):
         load(bundles.path("mha"), "cuda")
 

@@ -1,4 +1,4 @@
-"""What every command shares: errors in one message, an example at the end of its help."""
+"""What every command shares: errors in one message, an example, what it took at the end."""
 
 from __future__ import annotations
 
@@ -7,16 +7,32 @@ from typing import Any
 import click
 
 from dllava_export.errors import DllavaExportError
+from dllava_export.resources import ResourceUsage, measure_resources
 
 __all__ = ["Command"]
 
+_PROFILE = "dllava_export.profile"
+
 
 class Command(click.Command):
-    """A command that reports expected errors as one message.
+    """A command that reports expected errors as one message, and what it took.
 
     The message holds the error, and the pass that raised it. Unexpected errors keep their
-    traceback. The epilog is one example, kept as it is written.
+    traceback. The epilog is one example, kept as it is written. Time, memory and bytes written
+    are a line on stderr, after the result; every command has `--profile`, which adds the stages.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.params.append(
+            click.Option(
+                ["--profile"],
+                is_flag=True,
+                expose_value=False,
+                callback=_remember_profile,
+                help="Say at the end what each stage took: time, memory, bytes written.",
+            )
+        )
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the example."""
@@ -25,11 +41,21 @@ class Command(click.Command):
             formatter.write(f"Example:\n\n  {self.epilog}\n")
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command.
+        """Run the command, then say what it took.
 
         Raises:
             click.ClickException: In place of an error of this package.
         """
+        with measure_resources() as meter:
+            try:
+                result = self._invoke_with_messages(ctx)
+            except click.exceptions.Exit:  # a result too: of a check that failed
+                _show_usage(ctx, meter.usage())
+                raise
+            _show_usage(ctx, meter.usage())
+        return result
+
+    def _invoke_with_messages(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (DllavaExportError, ValueError) as error:
@@ -37,6 +63,18 @@ class Command(click.Command):
                 raise
             message = " ".join([str(error), *(f"({note})" for note in _notes(error))])
             raise click.ClickException(message) from error
+
+
+def _remember_profile(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[_PROFILE] = value
+
+
+def _show_usage(ctx: click.Context, usage: ResourceUsage) -> None:
+    """Write to stderr: stdout is for results."""
+    if ctx.meta[_PROFILE]:
+        click.echo(usage.stages_text(), err=True)
+    if not ctx.find_root().params.get("quiet"):
+        click.echo(f"{ctx.info_name} {usage.to_text()}", err=True)
 
 
 def _is_ours(error: ValueError) -> bool:

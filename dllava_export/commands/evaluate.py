@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dllava_export.commands.command import Command
-from dllava_export.commands.options import check_folder
+from dllava_export.commands.options import backend_options, check_folder
 
 if TYPE_CHECKING:
     from dllava_export.evaluation_report import WhichAnswers
@@ -50,9 +50,12 @@ __all__ = ["evaluate"]
     default="cache",
     help="With KV cache, or one pass over everything per token.",
 )
-@click.option("--backend", default="onnxruntime")
+@backend_options
 @click.option(
-    "--threads", "num_threads", type=click.IntRange(min=1), help="Threads of the runtime."
+    "--threads",
+    "num_threads",
+    type=click.IntRange(min=1),
+    help="CPU threads of ONNX Runtime.",
 )
 @click.option(
     "--show-answers",
@@ -80,6 +83,7 @@ def evaluate(
     data: Path,
     image_folder: Path | None,
     backend: str,
+    provider: str | None,
     show_answers: WhichAnswers | None,
     json_file: Path | None,
     markdown_file: Path | None,
@@ -99,6 +103,7 @@ def evaluate(
         EvaluationSettings(**settings),
         image_folder=image_folder,
         backend=backend,
+        provider=provider,
         progress=obj["progress"],
     )
     if show_answers is not None:

@@ -54,8 +54,10 @@ def export(
 
     from dllava_export.checkpoint import random_checkpoint, read_checkpoint
     from dllava_export.export import export as export_bundle
+    from dllava_export.resources import stage
 
     read = random_checkpoint if random_weights else read_checkpoint
-    source = read(checkpoint, num_decoder_layers=num_decoder_layers)
+    with stage("reading headers"):
+        source = read(checkpoint, num_decoder_layers=num_decoder_layers)
     report = export_bundle(source, out, options, precision=precision, progress=obj["progress"])
     click.echo(report.to_text())

@@ -53,8 +53,10 @@ def inspect(
     """Say what BUNDLE is: passes, rows per layer, KV bytes and FLOPs, dense against sparse."""
     from dllava_export.bundle import DECODER, read_manifest
     from dllava_export.inspection import inspect_geometry, plot_report
+    from dllava_export.resources import stage
 
-    manifest = read_manifest(bundle)
+    with stage("checking the bundle"):
+        manifest = read_manifest(bundle)
     geometry = manifest.geometry
     if image_tokens is not None:
         geometry = dataclasses.replace(geometry, num_image_tokens=image_tokens)

@@ -8,9 +8,18 @@ from typing import Any
 
 import click
 
+from dllava_export.engines.trt_module import TENSORRT_BACKENDS
+from dllava_export.ort_providers import PROVIDERS
 from dllava_export.sparsity import POLICIES
 
-__all__ = ["RATE", "check_folder", "parse_ids", "sparsity_from", "sparsity_options"]
+__all__ = [
+    "RATE",
+    "backend_options",
+    "check_folder",
+    "parse_ids",
+    "sparsity_from",
+    "sparsity_options",
+]
 
 RATE = click.FloatRange(0, 1, min_open=True)
 """A share in (0, 1]."""
@@ -52,6 +61,23 @@ def sparsity_options(function: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def backend_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Options that say what runs a bundle, and where."""
+    backend = click.option(
+        "--backend",
+        type=click.Choice(["onnxruntime", *TENSORRT_BACKENDS]),
+        default="onnxruntime",
+        show_default=True,
+        help="What runs the bundle; the TensorRT ones run engines of `dllava-export build`.",
+    )
+    provider = click.option(
+        "--provider",
+        type=click.Choice(PROVIDERS),
+        help="Where ONNX Runtime computes; cuda needs an NVIDIA GPU.  [default: cpu]",
+    )
+    return backend(provider(function))
 
 
 def sparsity_from(values: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from dllava_export.commands.command import Command
-from dllava_export.commands.options import RATE, parse_ids
+from dllava_export.commands.options import RATE, backend_options, parse_ids
 
 __all__ = ["run"]
 
@@ -42,8 +42,8 @@ __all__ = ["run"]
 )
 @click.option("--top-p", type=RATE, default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), help="For a temperature above 0.")
-@click.option("--backend", default="onnxruntime", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the runtime.")
+@backend_options
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of ONNX Runtime.")
 @click.option("--json", "as_json", is_flag=True, help="Print text, tokens and counts as JSON.")
 def run(
     bundle: Path,
@@ -56,6 +56,7 @@ def run(
     top_p: float,
     seed: int | None,
     backend: str,
+    provider: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -65,7 +66,7 @@ def run(
 
     from dllava_export.session import check_image_choice, load
 
-    session = load(bundle, backend, num_threads=threads)
+    session = load(bundle, backend, provider=provider, num_threads=threads)
     picture = check_image_choice(session.manifest, image)
 
     def show(_: int, token: int, text: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dllava_export.commands.command import Command
-from dllava_export.commands.options import check_folder, parse_ids
+from dllava_export.commands.options import backend_options, check_folder, parse_ids
 
 __all__ = ["visualize"]
 
@@ -25,7 +25,8 @@ __all__ = ["visualize"]
     help="Token ids instead of --prompt, -200 for the image: 1,-200,15,27.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the runtime.")
+@backend_options
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of ONNX Runtime.")
 @click.option(
     "-o",
     "--output",
@@ -40,6 +41,8 @@ def visualize(
     prompt: str | None,
     input_ids: list[int] | None,
     max_new_tokens: int,
+    backend: str,
+    provider: str | None,
     threads: int | None,
     output: Path,
 ) -> None:
@@ -56,6 +59,8 @@ def visualize(
         prompt=prompt,
         input_ids=input_ids,
         max_new_tokens=max_new_tokens,
+        backend=backend,
+        provider=provider,
         num_threads=threads,
     )
     draw(trace, output)

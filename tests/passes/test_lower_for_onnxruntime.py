@@ -86,6 +86,30 @@ def test_uses_the_ops_of_onnxruntime() -> None:
     helpers.assert_same_graph(lowered(), expected())
 
 
+def test_keeps_float32_attention_for_cuda() -> None:
+    model = helpers.apply(portable(), LowerForOnnxRuntimePass("cuda"))
+    ops = [node.op_type for node in model.graph.node]
+    assert ops.count("KVCacheAttention") == 2
+    assert "GroupQueryAttention" not in ops
+    assert ops.count("FusedMatMul") == 1
+
+
+def test_refuses_an_unknown_provider() -> None:
+    with pytest.raises(ValueError, match=r"provider must be one of cpu, cuda, got 'tpu'\."):
+        LowerForOnnxRuntimePass("tpu")
+
+
+def test_fuses_half_precision_products_for_cuda() -> None:
+    weights = {"w": np.ones((8, 8), np.float16)}
+    model = helpers.model_from_text(
+        "(float16[batch, 8] x) => (float16[batch, 8] y) "
+        "{w_t = Transpose <perm = [1, 0]> (w) y = MatMul (x, w_t)}",
+        weights,
+    )
+    after = helpers.apply(model, LowerForOnnxRuntimePass("cuda"))
+    assert [node.op_type for node in after.graph.node] == ["FusedMatMul"]
+
+
 @pytest.mark.parametrize(("dtype", "nodes"), PRODUCTS)
 def test_leaves_other_products_alone(dtype: str, nodes: str) -> None:
     value = f"{dtype}[batch, 8]"

@@ -1,0 +1,47 @@
+"""Aligned tables of dense beside sparse, as `inspect` and `plan` print them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+__all__ = ["HEADING", "Row", "compare", "layer_spans", "table_lines"]
+
+Row = tuple[str, str, str, str]
+"""Name, dense, sparse, share."""
+
+HEADING: Row = ("", "dense", "sparse", "share")
+
+
+def compare(name: str, dense: float, sparse: float, form: Callable[[float], str]) -> Row:
+    """Return a row; its share is sparse / dense, `-` where dense is 0.
+
+    Args:
+        name: What is compared.
+        dense: Value of the dense decoder.
+        sparse: Value of the sparse one.
+        form: How a value is written.
+    """
+    share = f"{sparse / dense:.1%}" if dense else "-"
+    return name, form(dense), form(sparse), share
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """Return lines of equal width: names to the left, values to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADING))]
+    return [
+        "  ".join(
+            [f"{row[0]:<{widths[0]}}"]
+            + [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in rows
+    ]
+
+
+def layer_spans(group_sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """Return (first, last) layer of each group, both inclusive; empty groups are left out."""
+    spans, first = [], 0
+    for num_layers in group_sizes:
+        if num_layers:
+            spans.append((first, first + num_layers - 1))
+        first += num_layers
+    return spans

@@ -1,0 +1,163 @@
+"""Run a bundle's graphs in ONNX Runtime on the CPU and keep what they compute inside.
+
+Unlike the product's backend this one can run the portable, un-lowered graphs, or dense ones
+instead of the bundle's own; it is neither fast nor thrifty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dllava_export import bundle, names
+from dllava_export.backend import StepInputs, StepOutputs
+from dllava_export.kv_plan import KVPlan
+from dllava_export.ort_backend import open_session
+from dllava_export.ort_buffers import numpy_type
+from dllava_export.validation.marked_graphs import MarkedModel, mark_decoder
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime as ort
+
+__all__ = ["GraphBackend", "bundle_graphs", "dense_graphs"]
+
+_RESULTS = {field.name for field in dataclasses.fields(StepOutputs)}
+
+
+class GraphBackend:
+    """Decoder, recompute and visual graph of a bundle, run as they are.
+
+    Args:
+        folder: The bundle.
+        graphs: Decoders by file name, over the bundle's weights; see `bundle_graphs`.
+        layers: Keep the hidden states of every layer.
+        lowered: Run the decoders in ONNX Runtime's own form.
+        num_threads: Threads of ONNX Runtime; its own default where None.
+
+    Attributes:
+        decoder: The decoder with a KV cache and its further outputs.
+        recompute_decoder: The one without.
+        inner: Further outputs of the last run, by name.
+
+    Raises:
+        BackendError: If ONNX Runtime refuses a graph.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        folder: Path,
+        graphs: dict[str, onnx.ModelProto],
+        *,
+        layers: bool,
+        lowered: bool,
+        num_threads: int | None = None,
+    ) -> None:
+        self.decoder = mark_decoder(graphs[bundle.DECODER], layers=layers, lowered=lowered)
+        self.recompute_decoder = mark_decoder(
+            graphs[bundle.RECOMPUTE], layers=layers, lowered=lowered
+        )
+        self._folder = folder
+        self._num_threads = num_threads
+        self._decoder = self._open(self.decoder)
+        self._caches: dict[str, np.ndarray] = {}
+        self.inner: dict[str, np.ndarray] = {}
+        self.plan: KVPlan | None = None
+
+    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Return image features [num_images, num_image_tokens, hidden_size]."""
+        path = self._folder / bundle.VISUAL_FOLDER / bundle.VISUAL
+        session = open_session(path, num_threads=self._num_threads)
+        dtype = numpy_type(session.get_inputs()[0].type)
+        return session.run(None, {names.PIXEL_VALUES: pixel_values.astype(dtype)})[0]
+
+    def allocate(self, plan: KVPlan) -> None:
+        """Give the decoder empty caches of this plan."""
+        self._caches = {}
+        for entry in self._decoder.get_inputs():
+            if entry.name.startswith("past_key_values."):
+                is_sparse = entry.shape[2] == names.CAPACITY_SPARSE
+                capacity = plan.capacity_sparse if is_sparse else plan.capacity_full
+                shape = (plan.batch, entry.shape[1], capacity, entry.shape[3])
+                self._caches[entry.name] = np.zeros(shape, numpy_type(entry.type))
+        self.plan = plan
+
+    def grow_sparse(self, plan: KVPlan) -> None:
+        """Move the sparse group to larger buffers, keeping what is in them."""
+        old = self._caches
+        self.allocate(plan)
+        for name, cache in self._caches.items():
+            rows = min(cache.shape[2], old[name].shape[2])
+            cache[:, :, :rows] = old[name][:, :, :rows]
+
+    def run(self, inputs: StepInputs, *, sample: int | None = None) -> StepOutputs:
+        """Feed rows on top of the caches, of all samples or of one."""
+        part = slice(None) if sample is None else slice(sample, sample + 1)
+        caches = {name: cache[part] for name, cache in self._caches.items()}
+        values = self._run(self._decoder, self.decoder, {**vars(inputs), **caches})
+        for name in caches:
+            self._caches[name][part] = values[name.replace("past_key_values.", "present.")]
+        return _step_outputs(values)
+
+    def decode(self, inputs: StepInputs) -> StepOutputs:
+        """Feed one row per sample."""
+        return self.run(inputs)
+
+    def recompute(self, inputs: StepInputs) -> StepOutputs:
+        """Run the decoder without a cache over whole sequences."""
+        marked = self.recompute_decoder
+        return _step_outputs(self._run(self._open(marked), marked, dict(vars(inputs))))
+
+    def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a layer's key and value buffers, [batch, num_kv_heads, capacity, head_dim]."""
+        return self._caches[names.past(layer, "key")], self._caches[names.past(layer, "value")]
+
+    def _open(self, marked: MarkedModel) -> ort.InferenceSession:
+        llm = self._folder / bundle.LLM_FOLDER
+        return open_session(marked.model, folder=llm, num_threads=self._num_threads)
+
+    def _run(
+        self, session: ort.InferenceSession, marked: MarkedModel, values: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        feeds = {entry.name: values[entry.name] for entry in session.get_inputs()}
+        wanted = [entry.name for entry in session.get_outputs()]
+        found = dict(zip(wanted, session.run(None, feeds), strict=True))
+        self.inner = {name: found[name] for name in marked.marked}
+        if names.KEPT_INDICES in found:
+            self.inner[names.KEPT_INDICES] = found[names.KEPT_INDICES]
+        return found
+
+
+def bundle_graphs(folder: Path) -> dict[str, onnx.ModelProto]:
+    """Return a bundle's decoders by file name; weights stay external."""
+    import onnx
+
+    llm = folder / bundle.LLM_FOLDER
+    return {
+        name: onnx.load(llm / name, load_external_data=False)
+        for name in (bundle.DECODER, bundle.RECOMPUTE)
+    }
+
+
+def dense_graphs(folder: Path) -> dict[str, onnx.ModelProto]:
+    """Return dense decoders, with and without a KV cache, over a bundle's weights."""
+    import onnx
+
+    from dllava_export.export import transform_decoder
+    from dllava_export.sparsity import Sparsity
+
+    path = folder / bundle.LLM_FOLDER / bundle.DENSE_DECODER
+    dense = onnx.load(path, load_external_data=False)
+    models, _ = transform_decoder(dense, Sparsity(policy="none"), None)
+    return models
+
+
+def _step_outputs(values: dict[str, np.ndarray]) -> StepOutputs:
+    results = {name: value for name, value in values.items() if name in _RESULTS}
+    results[names.LOGITS] = results[names.LOGITS].astype(np.float32)
+    return StepOutputs(**results)

@@ -1,0 +1,110 @@
+"""What a validation compares, and how close it must come."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dllava_export.bundle import Manifest
+
+__all__ = ["ERROR_STATS", "REFERENCES", "Tolerances", "ValidationSettings", "tolerances_for"]
+
+REFERENCES = ("onnxruntime", "dense", "torch")
+ERROR_STATS = ("elemwise", "max", "mean", "median", "quantile")
+"""As polygraphy's `--check-error-stat` spells them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerances:
+    """How close two runs must come.
+
+    Attributes:
+        rtol: Largest relative error; also of one row of a layer, in the 2-norm.
+        atol: Largest absolute error.
+        check_error_stat: Which statistic of the errors must be below them; `elemwise` asks of
+            each element that it keeps one of the two.
+        margin: A token may be kept by one side alone if its score is closer than this to the
+            score where selection ends. Log-probability for images, logits for generated text.
+    """
+
+    rtol: float
+    atol: float
+    check_error_stat: str
+    margin: float
+
+
+# Largest measured in fp32 between kernels and frameworks on golden models: 3e-6, on logits of
+# up to 7, and 2e-4 on image scores of hundreds. The half types are held to a few units in the
+# last place, grown over layers.
+_DEFAULTS = {
+    "fp32": Tolerances(1e-4, 2e-4, "elemwise", 1e-3),
+    "fp16": Tolerances(3e-2, 3e-2, "elemwise", 1e-2),
+    "bf16": Tolerances(1e-1, 1e-1, "elemwise", 1e-1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationSettings:
+    """Settings of one validation.
+
+    Attributes:
+        backend: What runs the bundle, as `load` takes it.
+        against: What it is compared with: `onnxruntime`, `dense` or `torch`.
+        checkpoint: The checkpoint behind the bundle, folder or hub id, for `torch`.
+        num_steps: Tokens fed back one by one; the same ones on both sides.
+        seed: Of random inputs, where no prompt is given.
+        layers: Compare hidden states, keys and values of every layer.
+        rtol: See `Tolerances`; None takes what fits the bundle's precision.
+        atol: Likewise.
+        check_error_stat: See `Tolerances`.
+        margin: See `Tolerances`; None takes what fits the bundle's precision.
+        num_threads: Threads of the runtimes; their own default where None.
+    """
+
+    backend: str = "onnxruntime"
+    against: str = "onnxruntime"
+    checkpoint: str | None = None
+    num_steps: int = 16
+    seed: int = 0
+    layers: bool = False
+    rtol: float | None = None
+    atol: float | None = None
+    check_error_stat: str = "elemwise"
+    margin: float | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.against not in REFERENCES:
+            raise ValueError(
+                f"against must be one of {', '.join(REFERENCES)}, got {self.against!r}."
+            )
+        if self.check_error_stat not in ERROR_STATS:
+            raise ValueError(
+                f"check_error_stat must be one of {', '.join(ERROR_STATS)}, got "
+                f"{self.check_error_stat!r}."
+            )
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+        for name in ("rtol", "atol", "margin"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be at least 0 and finite, got {value}.")
+        if (self.against == "torch") != (self.checkpoint is not None):
+            raise ValueError(
+                f"against is {self.against!r} and checkpoint is {self.checkpoint!r}; the "
+                "checkpoint that the bundle was exported from is needed for 'torch', and for "
+                "nothing else."
+            )
+
+
+def tolerances_for(settings: ValidationSettings, manifest: Manifest) -> Tolerances:
+    """Return the tolerances of a run: what was asked for, else what fits the precision."""
+    defaults = _DEFAULTS[manifest.precision]
+    chosen = {
+        name: getattr(settings, name)
+        for name in ("rtol", "atol", "margin")
+        if getattr(settings, name) is not None
+    }
+    return dataclasses.replace(defaults, check_error_stat=settings.check_error_stat, **chosen)
