@@ -116,6 +116,7 @@ class CudaDevice:
         """
         error, *values = getattr(self.runtime, function)(*arguments)
         if int(error):
+            self.runtime.cudaGetLastError()  # or TensorRT takes it for an error of its own
             reason = self.runtime.cudaGetErrorString(error)[1].decode()
             raise BackendError(f"CUDA's {function} failed: {error.name} ({reason}).")
         return values[0] if values else None
@@ -132,6 +133,7 @@ class CudaDevice:
         """
         error, address = self.runtime.cudaMalloc(num_bytes)
         if int(error):
+            self.runtime.cudaGetLastError()
             _, free, total = self.runtime.cudaMemGetInfo()
             raise BackendError(
                 f"The GPU could not allocate {num_bytes / _MIB:.1f} MiB for {what} "
@@ -182,8 +184,9 @@ class CudaDevice:
         self.call("cudaStreamBeginCapture", self.stream, mode)
         try:
             work()
-        except BackendError:
+        except BaseException:
             self.runtime.cudaStreamEndCapture(self.stream)  # or the stream stays unusable
+            self.runtime.cudaGetLastError()
             raise
         graph = self.call("cudaStreamEndCapture", self.stream)
         executable = self.call("cudaGraphInstantiate", graph, 0)

@@ -100,6 +100,8 @@ class BoundRun:
             for name, cache in (caches or {}).items()
         }
         device = next((cache.device for cache in (caches or {}).values()), "cpu")
+        # A session on a GPU copies an input to there when it is bound, and never again.
+        self._is_copied_when_bound = device != "cpu"
         for entry in session.get_inputs():
             if entry.name in places:
                 self._bind(self._binding.bind_input, entry, device, *places[entry.name])
@@ -107,7 +109,7 @@ class BoundRun:
             # A copy: decode writes the next step's values into it.
             array = np.array(inputs[entry.name], order="C")
             self._inputs[entry.name] = array
-            self._bind(self._binding.bind_input, entry, "cpu", array.ctypes.data, array.shape)
+            self._bind_from_host(entry, array)
         batch = len(next(iter(self._inputs.values())))
         for entry in session.get_outputs():
             past = entry.name.replace("present.", "past_key_values.")
@@ -123,10 +125,17 @@ class BoundRun:
     ) -> None:
         bind(entry.name, device, 0, _element_type(entry.type), shape, address)
 
+    def _bind_from_host(self, entry: Any, array: np.ndarray) -> None:
+        self._bind(self._binding.bind_input, entry, "cpu", array.ctypes.data, array.shape)
+
     def update(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Copy new values into the bound arrays."""
+        """Copy new values into the bound arrays, and on to the GPU where there is one."""
         for name, array in self._inputs.items():
             array[...] = inputs[name]
+        if self._is_copied_when_bound:
+            for entry in self._session.get_inputs():
+                if entry.name in self._inputs:
+                    self._bind_from_host(entry, self._inputs[entry.name])
 
     def run(self) -> dict[str, np.ndarray]:
         """Run and return copies of the outputs; what was given to the constructor is kept.
@@ -135,7 +144,9 @@ class BoundRun:
             BackendError: If ONNX Runtime fails; the message names graph and shapes.
         """
         try:
+            self._binding.synchronize_inputs()  # a GPU's copies are only queued
             self._session.run_with_iobinding(self._binding)
+            self._binding.synchronize_outputs()
         except Exception as error:  # onnxruntime's errors share no base class
             shapes = ", ".join(
                 f"{name} {'x'.join(map(str, array.shape))}"

@@ -212,7 +212,12 @@ class Session:
     @property
     def is_full(self) -> np.ndarray:
         """[batch] bool, true where no further token fits."""
-        return self._full + SPARE_ROWS >= self.kv_plan.capacity_full
+        return self._full >= self._room
+
+    @property
+    def _room(self) -> int:
+        """Tokens a sample may have here; engines have more cache rows than were asked for."""
+        return min(self.kv_plan.capacity_full - SPARE_ROWS, self.max_length)
 
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a layer's keys and values, [batch, num_kv_heads, capacity, head_dim].
@@ -477,16 +482,16 @@ class Session:
     def _make_room(self, lengths: np.ndarray) -> None:
         """Let the sparse caches grow for a further prompt; the full ones were planned for it."""
         plan = self.kv_plan
-        needed = int((self._full + lengths).max()) + SPARE_ROWS
-        if needed > plan.capacity_full:
+        needed = int((self._full + lengths).max())
+        if needed > self._room:
             raise CapacityError(
-                f"With this prompt the conversation has {needed - SPARE_ROWS} tokens, its KV "
-                f"cache has room for {plan.capacity_full - SPARE_ROWS}. Start anew, or prefill "
-                "with a larger max_new_tokens or max_length."
+                f"With this prompt the conversation has {needed} tokens, its KV cache has room "
+                f"for {self._room}. Start anew, or prefill with a larger max_new_tokens or "
+                "max_length."
             )
         sparse_rows = int((self._sparse + lengths).max())
         if plan.num_sparse_layers and sparse_rows + SPARE_ROWS > plan.capacity_sparse:
-            left = plan.capacity_full - needed
+            left = self._room - needed
             grown = min(sparse_rows + left, sparse_rows + max(left // 2, 1))
             self._backend.grow_sparse(plan.with_sparse_rows(grown))
 

@@ -121,9 +121,9 @@ class WriteIndices:
     def upload(self, values: Mapping[str, np.ndarray]) -> None:
         """Copy values to the GPU unless the last step left the same ones there."""
         wanted = {name: values[name] for name in self.names}
-        if self._known and all(
-            np.array_equal(self._known[name], value) for name, value in wanted.items()
-        ):
+        # A step that is interrupted moves them on without being remembered.
+        known, self._known = self._known, {}
+        if known and all(np.array_equal(known[name], value) for name, value in wanted.items()):
             return
         layout = self._layout(len(wanted[self.names[0]]))
         block = np.zeros(layout.num_bytes, np.uint8)

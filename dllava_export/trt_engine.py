@@ -80,9 +80,13 @@ class LoadedEngine:
     def check_aliases(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Warn where an output is not written in place, which costs a copy of the cache.
 
+        TensorRT 10 need not have this question; without it nothing is said.
+
         Args:
             pairs: Output name and the input whose memory it shares.
         """
+        if not hasattr(self._engine, "get_aliased_input_tensor"):
+            return
         apart = [out for out, into in pairs if not self._is_aliased(out, into)]
         if apart:
             logger.warning(
@@ -97,16 +101,22 @@ class LoadedEngine:
         """Return an execution context that is set to a profile.
 
         Activations are allocated for this profile alone. TensorRT-RTX captures CUDA graphs by
-        itself where `cuda_graph` asks for them, since it swaps kernels while it runs.
+        itself where `cuda_graph` asks for them, since it swaps kernels while it runs; its
+        documentation asks for static allocation then, of the largest profile's size.
 
         Raises:
             BackendError: If there is not enough memory, or no such profile.
+
+        Source: TensorRT-RTX documentation, "Working with RTX CUDA Graphs", limitations.
         """
         trt, engine = self._trt, self._engine
-        strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        strategies = trt.ExecutionContextAllocationStrategy
+        strategy = strategies.ON_PROFILE_CHANGE
         if self.captures_by_itself:
             config = engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
+            config.set_execution_context_allocation_strategy(
+                strategies.STATIC if cuda_graph else strategy
+            )
             graphs = trt.CudaGraphStrategy
             config.cuda_graph_strategy = (
                 graphs.WHOLE_GRAPH_CAPTURE if cuda_graph else graphs.DISABLED

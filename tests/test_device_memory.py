@@ -49,6 +49,54 @@ def test_pinned_memory_is_seen_as_an_array_and_freed_with_its_owner():
     assert freed == [memory.ctypes.data]
 
 
+def capturing_runtime(calls, end_error=0):
+    """Return CUDA's functions for a capture; each notes its name."""
+
+    def function(name, *result):
+        return lambda *_: calls.append(name) or result
+
+    return types.SimpleNamespace(
+        cudaStreamCaptureMode=types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1),
+        cudaStreamBeginCapture=function("begin", 0),
+        cudaStreamEndCapture=function("end", runtime_error(end_error), None),
+        cudaGetLastError=function("clear", 0),
+        cudaGetErrorString=function("describe", 0, b"capture invalidated"),
+    )
+
+
+def runtime_error(code):
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is missing")
+    return runtime.cudaError_t(code)
+
+
+def device_of(runtime):
+    device = CudaDevice.__new__(CudaDevice)
+    device.runtime, device.stream = runtime, 7
+    return device
+
+
+@pytest.mark.parametrize("error", [BackendError, KeyboardInterrupt])
+def test_a_capture_is_ended_and_its_error_cleared_whatever_stops_it(error):
+    def stop():
+        raise error
+
+    calls = []
+    with pytest.raises(error):
+        device_of(capturing_runtime(calls)).capture(stop)
+    assert calls == ["begin", "end", "clear"]
+
+
+def test_an_error_of_cuda_is_not_left_for_tensorrt_to_find():
+    calls = []
+    device = device_of(capturing_runtime(calls, end_error=901))
+    with pytest.raises(
+        BackendError,
+        match=r"cudaStreamEndCapture failed: cudaErrorStreamCaptureInvalidated \(capture inv",
+    ):
+        device.capture(lambda: None)
+    assert calls == ["begin", "end", "clear", "describe"]
+
+
 @pytest.mark.gpu
 def test_there_is_no_gpu_of_that_number(device):
     with pytest.raises(BackendError, match=r"There is no GPU 99: CUDA sees \d+"):

@@ -15,6 +15,11 @@ import torch
 
 from dllava_export.chat import ChatTokenizer
 from dllava_export.checkpoint import read_checkpoint
+from dllava_export.engines.build_engines import build_engines
+from dllava_export.engines.build_options import BuildOptions
+from dllava_export.engines.engine_config import read_engine_config
+from dllava_export.evaluation import EvaluationSettings, evaluate
+from dllava_export.export import export
 from dllava_export.images import ImageProcessor
 from dllava_export.training.data import Batch, ConversationData
 from dllava_export.training.model import TrainingModel, build_model
@@ -242,6 +247,52 @@ def test_predictors_are_trained_from_the_dense_checkpoint(
     assert checkpoint.sparse_config.output_text_keep_rate == 0.5
     num_bytes = sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))
     assert num_bytes < 12e6
+
+
+# The trained checkpoint.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "bundle"
+    export(read_checkpoint(FOLDER / "checkpoints" / "sparse"), folder, precision="fp32")
+    return folder
+
+
+def test_trained_checkpoints_are_small() -> None:
+    files = (FOLDER / "checkpoints").rglob("*.safetensors")
+    assert 0 < sum(path.stat().st_size for path in files) < 12e6
+
+
+@pytest.mark.parametrize("mode", ["cache", "recompute"])
+def test_trained_model_answers_about_unseen_digits(trained: Path, mode: str) -> None:
+    settings = EvaluationSettings(mode=mode, num_threads=1)
+    report = evaluate([trained], FOLDER / "sample" / "questions.json", settings)
+    (result,) = report.results
+    assert [answer.text for answer in result.answers] == [
+        answer.question.truth for answer in result.answers
+    ]
+    assert result.total.kept_image_tokens == 115
+    kept = result.summaries["describe"].output_text_keep_rate
+    assert kept is not None
+    assert 0.3 < kept < 0.7
+
+
+def test_trained_model_keeps_patches_with_ink(trained: Path) -> None:
+    measure = _module("measure")
+    share = measure.digit_patches_kept(FOLDER / "sample" / "questions.json", trained)
+    assert share >= 0.95
+
+
+def test_trained_model_builds_as_engines(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="engines are built with TensorRT-RTX")
+    folder = tmp_path / "bundle"
+    export(read_checkpoint(FOLDER / "checkpoints" / "sparse"), folder, precision="fp16")
+    options = BuildOptions(backend="tensorrt-rtx", max_input_len=640)
+    build_engines(folder, options)
+    config = read_engine_config(folder, "tensorrt-rtx")
+    assert set(config.engines) == {"decoder", "visual", "recompute"}
+    assert set(config.engines["decoder"].profiles) == {"prefill", "decode"}
 
 
 def _new(folder: Path) -> Path:

@@ -66,6 +66,8 @@ def exports(folder) -> dict[str, Run]:
         factory.make_sparse(folder / f"{size}_in", shapes, num_shards=num_shards)
         options = ["--image-keep-rate", "0.2", "--precision", "fp16"]
         running[size] = start("export", folder / f"{size}_in", folder / size, *options)
+    for process in running.values():
+        process.wait()  # all of them, also where the first one failed
     return {size: finish(process) for size, process in running.items()}
 
 

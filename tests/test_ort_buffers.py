@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import ctypes
+import types
+
 import ml_dtypes
 import numpy as np
 import onnx.parser
@@ -112,3 +115,44 @@ def test_a_failing_run_names_graph_and_shapes(session):
         BackendError, match=r"failed in the decoder graph: .* Inputs: x 2x1x2x1\."
     ):
         run.run()
+
+
+class CopyingBinding:
+    """Takes inputs over when they are bound, as ONNX Runtime's binding does on a GPU."""
+
+    def __init__(self, binding):
+        self._binding = binding
+        self.taken = []
+
+    def bind_input(self, name, device, device_id, element_type, shape, address):
+        if device == "cpu":
+            num_bytes = int(np.prod(shape)) * FLOAT32.itemsize
+            self.taken.append(np.frombuffer(ctypes.string_at(address, num_bytes), np.uint8))
+            address = self.taken[-1].ctypes.data
+        self._binding.bind_input(name, "cpu", device_id, element_type, shape, address)
+
+    def bind_output(self, name, device, *rest):
+        self._binding.bind_output(name, "cpu", *rest)
+
+    def synchronize_inputs(self):
+        self._binding.synchronize_inputs()
+
+    def synchronize_outputs(self):
+        self._binding.synchronize_outputs()
+
+
+def test_new_values_reach_a_binding_that_copied_the_old_ones(session):
+    cache = CacheBuffer((2, 1, 2, 1), FLOAT32, "cpu")
+    cache.device = "cuda"
+    copying = types.SimpleNamespace(
+        io_binding=lambda: CopyingBinding(session.io_binding()),
+        get_inputs=session.get_inputs,
+        get_outputs=session.get_outputs,
+        run_with_iobinding=lambda binding: session.run_with_iobinding(binding._binding),
+    )
+    run = BoundRun(
+        "test", copying, {"x": rows(1, 2, 3, 4)}, {"doubled": (2, 1, 2, 1)}, {PAST: cache}
+    )
+    assert run.run()["doubled"].ravel().tolist() == [2, 4, 6, 8]
+    run.update({"x": rows(10, 20, 30, 40)})
+    assert run.run()["doubled"].ravel().tolist() == [20, 40, 60, 80]

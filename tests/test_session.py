@@ -294,6 +294,24 @@ def test_a_further_prompt_of_a_batch_makes_room_for_all(bundles):
     assert_close(extended.logits[1:], alone.logits)
 
 
+def test_more_cache_rows_than_asked_for_do_not_raise_max_length(bundles, monkeypatch):
+    session = bundles.fresh_session("mha", max_length=len(PROMPT) + 1)
+    allocate = session._backend.allocate
+
+    def allocate_more(plan):
+        allocate(dataclasses.replace(plan, capacity_full=plan.capacity_full + 10))
+
+    monkeypatch.setattr(session._backend, "allocate", allocate_more)
+    session.prefill([PROMPT])
+    assert not session.is_full.any()
+    session.decode([5])
+    assert session.is_full.tolist() == [True]
+    with pytest.raises(CapacityError, match=rf"is full at {len(PROMPT) + 1} tokens"):
+        session.decode([5])
+    with pytest.raises(CapacityError, match=rf"has room for {len(PROMPT) + 1}\. Start anew"):
+        session.extend([[5]])
+
+
 def test_a_further_prompt_must_fit(bundles):
     session = bundles.session("mha")
     session.prefill([PROMPT], max_new_tokens=5)

@@ -165,6 +165,17 @@ def test_indices_that_changed_elsewhere_are_uploaded_again(memory, full, sparse)
     assert stored(memory, addresses, 2) == [full, sparse]
 
 
+def test_after_an_interrupted_step_indices_are_uploaded_again(memory):
+    indices = WriteIndices(INPUTS, 4, memory)
+    addresses = indices.addresses(2)
+    run_step(memory, indices, 2)
+    indices.upload(feeds([9, 9], [5, 5]))
+    for address in addresses.values():  # the step went on, its outputs were never read
+        write(address, np.array([10, 10]))
+    indices.upload(feeds([9, 9], [5, 5]))
+    assert stored(memory, addresses, 2) == [[9, 9], [5, 5]]
+
+
 def test_after_another_batch_nothing_is_taken_for_granted(memory):
     indices = WriteIndices(INPUTS, 4, memory)
     run_step(memory, indices, 2)

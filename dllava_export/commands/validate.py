@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dllava_export.commands.command import Command
-from dllava_export.commands.options import check_folder
+from dllava_export.commands.options import backend_options, check_folder
 
 __all__ = ["validate"]
 
@@ -22,7 +22,7 @@ _TOLERANCE = click.FloatRange(min=0)
     epilog="dllava-export validate out --against torch --checkpoint llava-v1.5-7b --layers",
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", default="onnxruntime", help="What runs the bundle.")
+@backend_options
 @click.option(
     "--against",
     type=click.Choice(["onnxruntime", "dense", "torch"]),
@@ -44,7 +44,7 @@ _TOLERANCE = click.FloatRange(min=0)
     "--layers",
     is_flag=True,
     help="Compare keys, values and hidden states of every layer, to see where it starts. "
-    "Engines put out no hidden states: there it is keys and values.",
+    "On a GPU it is keys and values alone.",
 )
 @click.option(
     "--rtol",
@@ -100,7 +100,7 @@ def validate(
 
     \b
     --against onnxruntime  the portable graphs of the bundle, as they are on disk; for engines
-                           ONNX Runtime on the CPU. Finds errors of a backend.
+                           and CUDA ONNX Runtime on the CPU. Finds errors of a backend.
     --against torch        the checkpoint, in PyTorch, dropped tokens masked instead of
                            removed. Finds errors of the export.
     --against dense        the dense decoder of the bundle. What is computed before anything

@@ -58,6 +58,8 @@ class BuilderSettings:
             BackendError: If TensorRT refuses the timing cache.
         """
         options = self._options
+        # Predictors compute in float32, and a near-tie decides which tokens survive.
+        config.clear_flag(self._trt.BuilderFlag.TF32)
         if options.backend != TENSORRT_RTX:
             # The attention plugin updates its caches in place.
             feature = self._trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03

@@ -51,6 +51,7 @@ class ValidationSettings:
 
     Attributes:
         backend: What runs the bundle, as `load` takes it.
+        provider: Where ONNX Runtime computes, as `load` takes it.
         against: What it is compared with: `onnxruntime`, `dense` or `torch`.
         checkpoint: The checkpoint behind the bundle, folder or hub id, for `torch`.
         num_steps: Tokens fed back one by one; the same ones on both sides.
@@ -64,6 +65,7 @@ class ValidationSettings:
     """
 
     backend: str = "onnxruntime"
+    provider: str | None = None
     against: str = "onnxruntime"
     checkpoint: str | None = None
     num_steps: int = 16
@@ -97,6 +99,11 @@ class ValidationSettings:
                 "checkpoint that the bundle was exported from is needed for 'torch', and for "
                 "nothing else."
             )
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """True where ONNX Runtime on the CPU is what is validated."""
+        return self.backend == "onnxruntime" and self.provider in (None, "cpu")
 
 
 def tolerances_for(settings: ValidationSettings, manifest: Manifest) -> Tolerances:

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["validate"]
 
-_ONNX_RUNTIME = "onnxruntime"
-
 
 def validate(
     folder: str | Path,
@@ -106,7 +104,7 @@ def _conversation(
             )
         size = _image_size(folder, manifest) if manifest.has_visual else None
         return random_conversation(manifest, size, num_steps=steps, seed=settings.seed)
-    session = load(folder, settings.backend, num_threads=settings.num_threads, verify=False)
+    session = _load(folder, settings)
     picture = check_image_choice(manifest, image)
     return conversation_about(session, picture, prompt, num_steps=steps)
 
@@ -125,17 +123,28 @@ def _candidate(
     graphs run with more outputs.
     """
     name, feed = settings.backend, conversation.feed
-    if settings.layers and settings.backend == _ONNX_RUNTIME:
+    if settings.provider is not None:
+        name = f"{name} ({settings.provider})"
+    if settings.layers and settings.is_on_cpu:
         opener = functools.partial(
             _open_graphs, folder, manifest, settings, lowered=True, dense=False
         )
         return SessionRunner(f"{name} (every layer put out)", feed, opener, layers=True)
 
     def open_session() -> tuple[Session, GraphBackend | None]:
-        threads = settings.num_threads
-        return load(folder, settings.backend, num_threads=threads, verify=False), None
+        return _load(folder, settings), None
 
     return SessionRunner(name, feed, open_session, layers=settings.layers)
+
+
+def _load(folder: Path, settings: ValidationSettings) -> Session:
+    return load(
+        folder,
+        settings.backend,
+        provider=settings.provider,
+        num_threads=settings.num_threads,
+        verify=False,
+    )
 
 
 def _reference(
@@ -146,7 +155,7 @@ def _reference(
         return _torch_reference(manifest, settings, conversation)
     if settings.against == "dense":
         name, lowered = "the dense decoder of the same bundle in ONNX Runtime", True
-    elif settings.backend == _ONNX_RUNTIME:
+    elif settings.is_on_cpu:
         name, lowered = "the portable graphs in ONNX Runtime", False
     else:
         name, lowered = "ONNX Runtime on the CPU", True

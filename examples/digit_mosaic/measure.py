@@ -1,6 +1,6 @@
 """Measure checkpoints on mosaics of unseen digits, and write the tables of `results/`.
 
-    python measure.py OUT --dense checkpoint_dense --sparse checkpoint
+    python measure.py OUT
 
 Bundles of all policies answer the same questions, greedily, in ONNX Runtime in float32.
 """
@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +22,12 @@ from tqdm import tqdm
 
 import dllava_export
 from dllava_export.bench import machine
+from dllava_export.chat import IMAGE_PLACEHOLDER_ID
 from dllava_export.checkpoint import read_checkpoint
 from dllava_export.evaluation import EvaluationSettings, evaluate, write_text
 from dllava_export.evaluation_report import EvaluationReport
 from dllava_export.export import SparsityOptions, export
+from dllava_export.images import read_image
 
 __all__ = ["Measurement", "digit_patches_kept", "export_all", "measure"]
 
@@ -60,10 +65,11 @@ class Measurement:
 
     def to_markdown(self) -> str:
         """Return all tables, with date and machine."""
+        today = datetime.datetime.now(datetime.UTC).date()
         lines = [
             "# Digit mosaic: results",
             "",
-            f"{datetime.datetime.now(datetime.UTC).date()}, {machine()}, `python measure.py`",
+            f"{today}, {machine()}, `python measure.py`, one thread for each bundle.",
             "",
             "| | short questions | long question | digit patches kept |",
             "| --- | ---: | ---: | ---: |",
@@ -101,31 +107,38 @@ def export_all(dense: Path, sparse: Path, out: Path) -> list[Path]:
     return folders
 
 
-def digit_patches_kept(folder: Path, data: Path) -> float:
+def digit_patches_kept(data: Path, folder: Path) -> float:
     """Return the share of patches with ink that the image selection keeps, mean over mosaics."""
-    session = dllava_export.load(folder)
+    session = dllava_export.load(folder, num_threads=1)
     if session.manifest.sparsity.is_dense:
         return 1.0
-    shares = []
+    prompt = np.array([[session.tokenizer.encode("")[0], IMAGE_PLACEHOLDER_ID]])
     records = {record["image"]: record for record in json.loads(data.read_text())}
-    for name, record in tqdm(records.items(), f"patches of {folder.name}", leave=False):
-        (answer,) = session.generate([data.parent / name], ["?"], max_new_tokens=1)
-        kept = np.isin(record["digit_patches"], answer.kept_image_indices)
-        shares.append(kept.mean())
+    shares = []
+    for name, record in records.items():
+        pixels = session.image_processor([read_image(data.parent / name)])
+        result = session.prefill(prompt, pixels, max_new_tokens=1)
+        shares.append(np.isin(record["digit_patches"], result.kept_image_indices[0]).mean())
     return float(np.mean(shares))
 
 
 def measure(dense: Path, sparse: Path, out: Path, num_mosaics: int) -> Measurement:
-    """Export, ask, count. Takes about half an hour for 500 mosaics on two cores."""
+    """Export, ask, count: a bundle per core at a time, since the model is too small for more."""
     data = write_conversations(out / "questions", "test", _SEED, num_mosaics)
     folders = export_all(dense, sparse, out)
-    settings = EvaluationSettings(batch_size=_BATCH_SIZE)
-    cached = evaluate(folders, data, settings, progress=True)
-    recomputed = evaluate(
-        [out / "sparse"], data, dataclasses.replace(settings, mode="recompute"), progress=True
-    )
-    kept = {folder.name: digit_patches_kept(folder, data) for folder in folders}
-    return Measurement(cached, recomputed, kept)
+    jobs = [(out / "sparse", "recompute"), *((folder, "cache") for folder in folders)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        asked = pool.map(functools.partial(_ask, data), *zip(*jobs, strict=True))
+        kept = pool.map(functools.partial(digit_patches_kept, data), folders)
+        recomputed, *cached = tqdm(asked, "bundles", total=len(jobs))
+        shares = {folder.name: share for folder, share in zip(folders, kept, strict=True)}
+    together = tuple(report.results[0] for report in cached)
+    return Measurement(dataclasses.replace(cached[0], results=together), recomputed, shares)
+
+
+def _ask(data: Path, folder: Path, mode: str) -> EvaluationReport:
+    settings = EvaluationSettings(batch_size=_BATCH_SIZE, mode=mode, num_threads=1)
+    return evaluate([folder], data, settings)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from dllava_export.training.settings import TrainingSettings
 __all__ = ["DENSE_FOLDER", "SPARSE_FOLDER", "STAGES", "train", "train_sparse"]
 
 DENSE_FOLDER = "dense"
+PREDICTORS_FOLDER = "predictors"
 SPARSE_FOLDER = "sparse"
 
 # Mostly the long answer and the sum: those whose tokens depend on earlier ones.
@@ -46,15 +48,14 @@ _KINDS = (
     "sum",
     "largest",
 )
-_NUM_CONVERSATIONS = 3000
-_DATA_SEED = 3
+_NUM_CONVERSATIONS = 2000
 _TEST_SEED = 97
 _NUM_TEST_MOSAICS = 500
 PREDICTOR_SETTINGS = TrainingSettings(
-    steps=300,
+    steps=200,
     batch_size=8,
     predictor_lr=1e-3,
-    model_lr=1e-4,
+    model_lr=3e-5,
     image_keep_rate=0.2,
     output_text_keep_rate=0.5,
     min_answer_tokens=4,
@@ -66,6 +67,12 @@ PREDICTOR_SETTINGS = TrainingSettings(
     precision="fp16",
     checkpoint_every=50,
 )
+"""The decoder hardly moves at first: predictors that still guess would only confuse it."""
+
+TOGETHER_SETTINGS = dataclasses.replace(
+    PREDICTOR_SETTINGS, steps=120, predictor_lr=3e-4, model_lr=1e-4, seed=1
+)
+"""Then it gets used to what is missing."""
 
 # Few patches first: steps are several times cheaper, and the decoder learns early that most
 # patches may be missing. The whole picture is then a matter of some more steps.
@@ -104,18 +111,25 @@ def train(folder: Path, stages: Sequence[Stage] = STAGES) -> dict[str, float]:
 
 def train_sparse(folder: Path) -> None:
     """Train predictors from `dense`, and write `sparse`, a Dynamic-LLaVA."""
-    data = folder / "conversations"
-    if not (data / "questions.json").is_file():
-        write_conversations(data, "train", _DATA_SEED, _NUM_CONVERSATIONS, kinds=_KINDS)
-    report = train_predictors(
-        folder / DENSE_FOLDER,
-        data / "questions.json",
-        folder / SPARSE_FOLDER,
-        PREDICTOR_SETTINGS,
-        resume=True,
-        progress=True,
+    steps = (
+        (DENSE_FOLDER, PREDICTORS_FOLDER, PREDICTOR_SETTINGS, 3),
+        (PREDICTORS_FOLDER, SPARSE_FOLDER, TOGETHER_SETTINGS, 4),
     )
-    print(report.to_text())
+    for source, target, settings, data_seed in steps:
+        if (folder / target / "config.json").is_file():
+            continue
+        data = folder / f"conversations_{target}"
+        if not (data / "questions.json").is_file():
+            write_conversations(data, "train", data_seed, _NUM_CONVERSATIONS, kinds=_KINDS)
+        report = train_predictors(
+            folder / source,
+            data / "questions.json",
+            folder / target,
+            settings,
+            resume=True,
+            progress=True,
+        )
+        print(report.to_text())
 
 
 def main() -> None:

@@ -46,6 +46,11 @@ def test_defaults_leave_the_builder_alone(trt, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_float32_is_not_rounded_to_tf32(trt, tmp_path):
+    _settings, config, _builder = applied(trt, tmp_path)
+    assert not config.get_flag(trt.BuilderFlag.TF32)
+
+
 def test_unknown_target(trt, tmp_path):
     with pytest.raises(
         BackendError, match=r"compute capability 6\.1; it builds for 7\.5, 8\.0"

@@ -44,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif reason:
             report.leave_out(f"{part}: {reason}")
         else:
-            run(report, options)
-            report.write(options.out)  # what is there survives a crash of the next part
+            try:
+                run(report, options)
+            finally:
+                report.write(options.out)  # what is there survives a crash
     report.write(options.out)
     sys.stdout.write(f"{report.to_text()}\nWrote {options.out}/check.json and check.md\n")
     return 1 if report.num_mismatches else 0

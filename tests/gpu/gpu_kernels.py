@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_report import Report, Row
 
 from dllava_export.plugins import PLUGIN_OPS
+
+if TYPE_CHECKING:
+    from dllava_export.plugins.kernel_cases import KernelCase
 
 __all__ = ["check_kernels", "copy_bandwidth", "milliseconds"]
 
@@ -16,26 +19,38 @@ _COPY_BYTES = 1 << 30
 
 
 def check_kernels(report: Report) -> None:
-    """Add a row per kernel and size: equal or not, time, share of the copy bandwidth."""
-    from dllava_export.plugins.check_kernels import check_case, prepare_case
+    """Add a row per kernel and size: equal or not, time, share of the copy bandwidth.
+
+    A kernel that cannot be started counts as wrong; the others are still run.
+    """
     from dllava_export.plugins.kernel_cases import full_cases
 
     bandwidth = copy_bandwidth()
     report.environment["copy bandwidth"] = f"{bandwidth / 1e9:.0f} GB/s"
     for op in PLUGIN_OPS:
         for case in full_cases(op):
-            result = check_case(case, "cuda")
-            start, _ = prepare_case(case, "cuda")
-            elapsed = milliseconds(start)
-            figures: dict[str, Any] = {
-                "error": result.error,
-                "wrong": result.num_wrong,
-                "ms": elapsed,
-                "GB/s": result.bytes_moved / elapsed / 1e6,
-                "share of bandwidth": result.bytes_moved / elapsed / bandwidth * 1e3,
-                "TFLOP/s": result.flops / elapsed / 1e9,
-            }
-            report.rows.append(Row("kernels", str(case), result.passed, figures))
+            try:
+                passed, figures = _checked(case, bandwidth)
+            except Exception as error:  # Triton's and CUDA's errors share no base class
+                passed, figures = False, {"failure": f"{type(error).__name__}: {error}"}
+            report.rows.append(Row("kernels", str(case), passed, figures))
+
+
+def _checked(case: KernelCase, bandwidth: float) -> tuple[bool, dict[str, Any]]:
+    from dllava_export.plugins.check_kernels import check_case, prepare_case
+
+    result = check_case(case, "cuda")
+    start, _ = prepare_case(case, "cuda")
+    elapsed = milliseconds(start)
+    figures = {
+        "error": result.error,
+        "wrong": result.num_wrong,
+        "ms": elapsed,
+        "GB/s": result.bytes_moved / elapsed / 1e6,
+        "share of bandwidth": result.bytes_moved / elapsed / bandwidth * 1e3,
+        "TFLOP/s": result.flops / elapsed / 1e9,
+    }
+    return result.passed, figures
 
 
 def milliseconds(start: Callable[[], None]) -> float:
@@ -59,5 +74,9 @@ def copy_bandwidth() -> float:
 
     source = torch.zeros(_COPY_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
-    elapsed = milliseconds(lambda: target.copy_(source) and None)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    elapsed = milliseconds(copy)
     return 2 * _COPY_BYTES / elapsed * 1e3

@@ -5,8 +5,10 @@ import functools
 import json
 
 import check
+import gpu_kernels
 import numpy as np
 import pytest
+import torch
 from check import PARTS, main
 from gpu_bundles import golden_prompts, random_prompt
 from gpu_comparison import LIMITS, Prompt, Trace, compare, trace
@@ -15,6 +17,9 @@ from gpu_speed import time_session
 
 from dllava_export import doctor
 from dllava_export.errors import BackendError
+from dllava_export.plugins import check_kernels, kernel_cases
+from dllava_export.plugins.check_kernels import CaseResult
+from dllava_export.plugins.kernel_cases import KernelCase
 from dllava_export.session import load
 
 FP32 = LIMITS["fp32"]
@@ -116,6 +121,52 @@ def test_times_prefill_and_steps(bundles):
     figures = time_session(bundles.session("mha"), prompt, (0, 8))
     assert set(figures) == {"prefill ms", "decode@0 ms", "decode@8 ms", "KV MiB"}
     assert all(value > 0 for value in figures.values())
+
+
+def test_copy_bandwidth_counts_bytes_read_and_written(monkeypatch):
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
+    monkeypatch.setattr(gpu_kernels, "milliseconds", lambda start: start() or 0.5)
+    monkeypatch.setattr(gpu_kernels, "_COPY_BYTES", 1024)
+    assert gpu_kernels.copy_bandwidth() == pytest.approx(2 * 1024 / 0.5e-3)
+
+
+def test_a_kernel_that_cannot_be_started_is_a_mismatch(monkeypatch):
+    case = KernelCase("SelectTokens", {"batch": 1, "rows": 2, "num_kept": 1})
+    results = iter([OSError("no such kernel"), CaseResult(case, 0.25, 1.0, 0, 4000, 2)])
+
+    def check(case, device):
+        found = next(results)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(gpu_kernels, "PLUGIN_OPS", ("SelectTokens",))
+    monkeypatch.setattr(gpu_kernels, "copy_bandwidth", lambda: 2e9)
+    monkeypatch.setattr(gpu_kernels, "milliseconds", lambda start: 0.5)
+    monkeypatch.setattr(kernel_cases, "full_cases", lambda op: [case, case])
+    monkeypatch.setattr(check_kernels, "check_case", check)
+    monkeypatch.setattr(check_kernels, "prepare_case", lambda case, device: (None, {}))
+    report = Report({})
+    gpu_kernels.check_kernels(report)
+    assert [row.passed for row in report.rows] == [False, True]
+    assert report.rows[0].figures == {"failure": "OSError: no such kernel"}
+    assert report.rows[1].figures["GB/s"] == pytest.approx(0.008)
+    assert report.rows[1].figures["share of bandwidth"] == pytest.approx(0.004)
+
+
+def test_results_survive_a_crash(tmp_path, monkeypatch):
+    def crash(report, options):
+        report.rows.append(Row("compare", "tiny", passed=True, figures={}))
+        raise MemoryError
+
+    found = dataclasses.replace(doctor.collect(), gpus=(doctor.Gpu("L4", 1, None, "8.9"),))
+    monkeypatch.setattr(doctor, "collect", lambda: found)
+    monkeypatch.setattr(check, "_compare", crash)
+    with pytest.raises(MemoryError):
+        main(["--out", str(tmp_path), "--parts", "compare"])
+    document = json.loads((tmp_path / "check.json").read_text())
+    assert [row["subject"] for row in document["rows"]] == ["tiny"]
 
 
 def refuse(*args):

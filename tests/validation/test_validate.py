@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
+import onnxruntime as ort
 import pytest
 from golden import DATA
 from planted import (
@@ -192,6 +193,12 @@ def test_a_seed_gives_the_same_values(bundles):
 def test_an_unknown_backend_is_refused(bundles):
     with pytest.raises(BackendError, match="There is no backend 'onyx'"):
         run(bundles.path("mha"), "dense", backend="onyx")
+
+
+def test_the_provider_is_taken(bundles, monkeypatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(BackendError, match="without CUDA"):
+        run(bundles.path("mha"), provider="cuda", checkpoint=MHA)
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
