@@ -119,6 +119,8 @@ class ResourceMeter:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._written = _bytes_written()
+        # A shell may have turned into this process: children of before are not ours.
+        self._children_before = _children_peak_bytes()
         self._stages: list[StageUsage | None] = []
         self._depth = 0
 
@@ -126,7 +128,7 @@ class ResourceMeter:
         """Return what was taken so far; stages that have not ended are left out."""
         stages = tuple(entry for entry in self._stages if entry is not None)
         # The kernel's peak is exact to some pages only and may seem to fall.
-        peaks = [_peak_rss_bytes(), *(entry.peak_rss_bytes for entry in stages)]
+        peaks = [_peak_rss_bytes(self._children_before), *(entry.peak_rss_bytes for entry in stages)]
         return ResourceUsage(
             seconds=time.perf_counter() - self._start,
             peak_rss_bytes=max((peak for peak in peaks if peak is not None), default=None),
@@ -150,7 +152,7 @@ class ResourceMeter:
                 depth=depth,
                 seconds=time.perf_counter() - start,
                 rss_bytes=_status_bytes("VmRSS"),
-                peak_rss_bytes=_peak_rss_bytes(),
+                peak_rss_bytes=_peak_rss_bytes(self._children_before),
                 bytes_written=_difference(written, _bytes_written()),
             )
 
@@ -182,19 +184,32 @@ def stage(name: str) -> Iterator[None]:
         yield
 
 
-def _peak_rss_bytes() -> int | None:
+def _peak_rss_bytes(children_before: int) -> int | None:
     """Return the peak of this process or, if larger, of one that it started and waited for."""
     try:
         import resource
     except ImportError:  # Windows has none
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    children = unit * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     # Not ru_maxrss, where Linux has it: that starts from the peak of the parent process.
     own = _status_bytes("VmHWM")
     if own is None:
-        own = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(own, children)
+        own = _unit() * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = _children_peak_bytes()
+    return max(own, children) if children > children_before else own
+
+
+def _children_peak_bytes() -> int:
+    """Return the largest peak of processes that this one started and waited for; 0 for none."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return _unit() * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+def _unit() -> int:
+    """Return the bytes in which this system counts `ru_maxrss`."""
+    return 1 if sys.platform == "darwin" else 1024
 
 
 def _status_bytes(field: str) -> int | None:

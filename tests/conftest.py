@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +10,13 @@ import onnx
 import pytest
 import torch
 from golden import DATA
+from word_tokenizer import save_tokenizer
 
 from dllava_export import tracing
 from dllava_export.checkpoint import Checkpoint, read_checkpoint
 from dllava_export.export import SparsityOptions, export
 from dllava_export.session import Session, load
 from dllava_export.sparsify import sparsify
-
-VOCAB_SIZE = 131
-SPECIAL_WORDS = ("<unk>", "<s>", "</s>")
 
 
 class Bundles:
@@ -74,20 +71,6 @@ class Bundles:
             shutil.copytree(DATA / name, path, copy_function=shutil.copyfile)
             save_tokenizer(path)
         return path
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of one word per id, that starts texts with `<s>`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = [*SPECIAL_WORDS, *(f"w{i}" for i in range(len(SPECIAL_WORDS), VOCAB_SIZE))]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(list(SPECIAL_WORDS))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -5,5 +5,5 @@ source "$(cd "$(dirname "$0")" && pwd)/../examples/setup.sh"
 cd "$root"
 ruff check .
 ruff format --check .
-mypy dllava_export passes
+mypy dllava_export passes plugins
 python -m pytest "$@"

@@ -236,8 +236,9 @@ def test_training_goes_on_exactly_where_it_stopped(
 def test_predictors_are_trained_from_the_dense_checkpoint(
     train: ModuleType, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = dataclasses.replace(train.PREDICTOR_SETTINGS, steps=1, batch_size=2)
-    monkeypatch.setattr(train, "PREDICTOR_SETTINGS", settings)
+    for name in ("PREDICTOR_SETTINGS", "TOGETHER_SETTINGS"):
+        short = dataclasses.replace(getattr(train, name), steps=1, batch_size=2)
+        monkeypatch.setattr(train, name, short)
     monkeypatch.setattr(train, "_NUM_CONVERSATIONS", 3)
     shutil.copytree(untrained, tmp_path / train.DENSE_FOLDER)
     train.train_sparse(tmp_path)

@@ -76,6 +76,20 @@ def test_peak_is_that_of_the_process_not_of_its_parent():
     assert usage["peak_rss_bytes"] < 200 * MIB < len(block)
 
 
+@on_linux
+def test_children_of_the_shell_before_do_not_count():
+    earlier = f"import subprocess, sys; block = bytearray({400 * MIB})"
+    own = (
+        "from dllava_export.resources import measure_resources\n"
+        "with measure_resources() as meter: pass\n"
+        "print(meter.usage().peak_rss_bytes)"
+    )
+    script = '"$0" -c "$1"; exec "$0" -c "$2"'
+    command = ["bash", "-c", script, sys.executable, earlier, own]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200 * MIB
+
+
 def test_stages_are_listed_as_they_begin_with_their_depth():
     with measure_resources() as meter:
         with stage("outer"):

@@ -11,7 +11,6 @@ import pytest
 import torch
 from checkpoint_factory import TEXT_CONFIG, make_checkpoint
 from click.testing import CliRunner
-from conftest import save_tokenizer
 from PIL import Image
 from safetensors.numpy import load_file
 from training_factory import (
@@ -25,6 +24,7 @@ from training_factory import (
     record,
     write_data,
 )
+from word_tokenizer import save_tokenizer
 
 import dllava_export
 import dllava_export.training

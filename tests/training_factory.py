@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_tokenizer
 from golden import DATA
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from word_tokenizer import save_tokenizer
 
 from dllava_export.chat import ChatTokenizer
 from dllava_export.images import ImageProcessor
