@@ -128,7 +128,8 @@ class ResourceMeter:
         """Return what was taken so far; stages that have not ended are left out."""
         stages = tuple(entry for entry in self._stages if entry is not None)
         # The kernel's peak is exact to some pages only and may seem to fall.
-        peaks = [_peak_rss_bytes(self._children_before), *(entry.peak_rss_bytes for entry in stages)]
+        peaks = [entry.peak_rss_bytes for entry in stages]
+        peaks.append(_peak_rss_bytes(self._children_before))
         return ResourceUsage(
             seconds=time.perf_counter() - self._start,
             peak_rss_bytes=max((peak for peak in peaks if peak is not None), default=None),
