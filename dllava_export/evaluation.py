@@ -10,7 +10,6 @@ import functools
 import itertools
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from dllava_export.generation import Generation
     from dllava_export.session import Session
 
-__all__ = ["EvaluationSettings", "evaluate", "write_text"]
+__all__ = ["EvaluationSettings", "evaluate"]
 
 logger = logging.getLogger(__name__)
 
@@ -142,24 +141,6 @@ def evaluate(
             )
             results.append(_ask_all(reader, name, questions, settings, opener, bar.update))
     return EvaluationReport(data, settings, tuple(results), tuple(skipped))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that appears under its name only when it is complete.
-
-    Raises:
-        InvalidInputError: If it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InvalidInputError(
-            f"{path} cannot be written ({error.strerror}). Choose a file you may write."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)

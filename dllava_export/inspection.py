@@ -11,7 +11,7 @@ from typing import Any
 
 from dllava_export.byte_sizes import byte_unit, format_bytes
 from dllava_export.comparison_table import HEADING, Row, compare, layer_spans, table_lines
-from dllava_export.plot_files import check_plot_format, save_plot
+from dllava_export.output_files import check_plot_format, save_plot
 from dllava_export.sparsity import Sparsity
 
 __all__ = [

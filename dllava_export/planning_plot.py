@@ -6,8 +6,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from dllava_export.byte_sizes import byte_unit, format_bytes
+from dllava_export.output_files import check_plot_format, save_plot
 from dllava_export.planning import RUNTIME_BYTES, MemoryEstimate, MemoryPlan
-from dllava_export.plot_files import check_plot_format, save_plot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

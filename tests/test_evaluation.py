@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from dllava_export import bundle, cli
-from dllava_export.errors import BackendError, BundleError, InvalidInputError
-from dllava_export.evaluation import EvaluationSettings, evaluate, write_text
+from dllava_export.errors import BackendError, BundleError
+from dllava_export.evaluation import EvaluationSettings, evaluate
 from dllava_export.evaluation_report import (
     Answer,
     BundleResult,
@@ -497,17 +497,6 @@ def test_settings(values, message):
 
 
 # Files and the command.
-
-
-def test_write_text(tmp_path):
-    write_text(tmp_path / "a.md", "ä")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.md"]
-    assert (tmp_path / "a.md").read_text(encoding="utf-8") == "ä"
-
-
-def test_write_text_where_it_cannot_be_written(tmp_path):
-    with pytest.raises(InvalidInputError, match=r"no/a\.md cannot be written \(No such file"):
-        write_text(tmp_path / "no" / "a.md", "a")
 
 
 def test_command(bundles, questions, tmp_path):

@@ -10,16 +10,9 @@ from click.testing import CliRunner
 from golden import CASES, load_case
 
 from dllava_export import cli
+from dllava_export.answer_trace import AnswerTrace, image_scores, trace_answer
 from dllava_export.errors import CapacityError, InvalidInputError
-from dllava_export.visualization import (
-    AnswerTrace,
-    PlacedText,
-    check_format,
-    draw,
-    image_scores,
-    place_tokens,
-    trace_answer,
-)
+from dllava_export.visualization import PlacedText, draw, place_tokens
 
 CAT = str(Path(__file__).parents[1] / "examples" / "cat.png")
 IDS = [1, -200, 15, 27]
@@ -285,12 +278,6 @@ def test_drawing_needs_no_pyplot(bundles, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     draw(trace(bundles, max_new_tokens=1), tmp_path / "a.png")
     assert "matplotlib.pyplot" not in sys.modules
-
-
-def test_another_format():
-    assert check_format("a.PDF") == "pdf"
-    with pytest.raises(ValueError, match=r"Figure a\.txt has suffix '\.txt', expected one of"):
-        check_format("a.txt")
 
 
 # The command.

@@ -94,8 +94,9 @@ def evaluate(
     DATA is LLaVA's JSON of conversations about images, or a question file whose records have an
     answer. An answer is right if it is the truth, letter case and white space aside.
     """
-    from dllava_export.evaluation import EvaluationSettings, write_text
+    from dllava_export.evaluation import EvaluationSettings
     from dllava_export.evaluation import evaluate as evaluate_bundles
+    from dllava_export.output_files import write_text
 
     report = evaluate_bundles(
         bundles,

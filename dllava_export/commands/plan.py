@@ -78,9 +78,9 @@ def plan(
 
     Nothing is run: weights and caches are exact, activations are estimated from the graphs.
     """
+    from dllava_export.output_files import check_plot_format
     from dllava_export.planning import PlanRequest, plan_memory
     from dllava_export.planning_plot import plot_plan
-    from dllava_export.plot_files import check_plot_format
 
     if plot is not None:
         check_plot_format(plot)

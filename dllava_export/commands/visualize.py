@@ -50,9 +50,11 @@ def visualize(
     if (prompt is None) == (input_ids is None):
         raise click.UsageError("Give either --prompt or --input-ids, one of the two.")
 
-    from dllava_export.visualization import check_format, draw, trace_answer
+    from dllava_export.answer_trace import trace_answer
+    from dllava_export.output_files import check_plot_format
+    from dllava_export.visualization import draw
 
-    check_format(output)
+    check_plot_format(output)
     trace = trace_answer(
         bundle,
         image=image,

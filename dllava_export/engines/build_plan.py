@@ -20,6 +20,7 @@ from dllava_export.engines.engine_config import (
 )
 from dllava_export.engines.profile_shapes import Bounds, ProfileSizes, profile_shapes
 from dllava_export.errors import BundleError
+from dllava_export.graph_memory import weight_bytes
 from dllava_export.kv_plan import SPARE_ROWS, KVPlan, plan_kv_cache
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ def plan_build(folder: Path, manifest: bundle.Manifest, options: BuildOptions) -
             profile: profile_shapes(profile, inputs, sizes, capacities, options.overrides)
             for profile, sizes in _profile_sizes(engine, manifest, max_input_len, kv).items()
         }
-        weight_bytes = _weight_bytes(load_structure(folder / graph))
-        engines.append(EnginePlan(engine, graph, weight_bytes, profiles))
+        num_bytes = weight_bytes(load_structure(folder / graph).graph.initializer)
+        engines.append(EnginePlan(engine, graph, num_bytes, profiles))
     return BuildPlan(
         options.backend,
         manifest.precision,
@@ -263,18 +264,6 @@ def _profile_sizes(
         PREFILL: ProfileSizes(batch, (1, opt, max_input_len), kept, image_rows),
         DECODE: ProfileSizes(batch, _ONE_ROW, _ONE_ROW, _NO_ROWS, has_fixed_rows=True),
     }
-
-
-def _weight_bytes(model: onnx.ModelProto) -> int:
-    import math
-
-    from onnx import helper
-
-    total = 0
-    for tensor in model.graph.initializer:
-        itemsize = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        total += math.prod(tensor.dims) * itemsize
-    return total
 
 
 def _shape_lines(shapes: Mapping[str, ProfileShapes]) -> list[str]:

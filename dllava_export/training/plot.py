@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dllava_export.checkpoint_config import PredictorConfig
+from dllava_export.output_files import save_plot
 
 __all__ = ["plot_training"]
 
@@ -51,12 +51,7 @@ def plot_training(entries: Entries, predictors: PredictorConfig | None, path: Pa
         for panel in axes[1:]:
             panel.legend(frameon=False, loc="upper right")
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_plot(figure, path)
 
 
 def _draw(axes: Any, entries: Entries, curves: Sequence[tuple[str, str, str]]) -> None:

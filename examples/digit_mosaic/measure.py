@@ -24,10 +24,11 @@ import dllava_export
 from dllava_export.bench import machine
 from dllava_export.chat import IMAGE_PLACEHOLDER_ID
 from dllava_export.checkpoint import read_checkpoint
-from dllava_export.evaluation import EvaluationSettings, evaluate, write_text
+from dllava_export.evaluation import EvaluationSettings, evaluate
 from dllava_export.evaluation_report import EvaluationReport
 from dllava_export.export import SparsityOptions, export
 from dllava_export.images import read_image
+from dllava_export.output_files import write_text
 
 __all__ = ["Measurement", "digit_patches_kept", "export_all", "measure"]
 

@@ -48,7 +48,6 @@ _KINDS = (
     "sum",
     "largest",
 )
-_NUM_CONVERSATIONS = 2000
 _TEST_SEED = 97
 _NUM_TEST_MOSAICS = 500
 PREDICTOR_SETTINGS = TrainingSettings(
@@ -70,7 +69,7 @@ PREDICTOR_SETTINGS = TrainingSettings(
 """The decoder hardly moves at first: predictors that still guess would only confuse it."""
 
 TOGETHER_SETTINGS = dataclasses.replace(
-    PREDICTOR_SETTINGS, steps=120, predictor_lr=3e-4, model_lr=1e-4, seed=1
+    PREDICTOR_SETTINGS, steps=400, predictor_lr=3e-4, model_lr=1e-4, seed=1
 )
 """Then it gets used to what is missing."""
 
@@ -112,15 +111,15 @@ def train(folder: Path, stages: Sequence[Stage] = STAGES) -> dict[str, float]:
 def train_sparse(folder: Path) -> None:
     """Train predictors from `dense`, and write `sparse`, a Dynamic-LLaVA."""
     steps = (
-        (DENSE_FOLDER, PREDICTORS_FOLDER, PREDICTOR_SETTINGS, 3),
-        (PREDICTORS_FOLDER, SPARSE_FOLDER, TOGETHER_SETTINGS, 4),
+        (DENSE_FOLDER, PREDICTORS_FOLDER, PREDICTOR_SETTINGS, 3, 2000),
+        (PREDICTORS_FOLDER, SPARSE_FOLDER, TOGETHER_SETTINGS, 4, 3200),
     )
-    for source, target, settings, data_seed in steps:
+    for source, target, settings, data_seed, num_conversations in steps:
         if (folder / target / "config.json").is_file():
             continue
         data = folder / f"conversations_{target}"
         if not (data / "questions.json").is_file():
-            write_conversations(data, "train", data_seed, _NUM_CONVERSATIONS, kinds=_KINDS)
+            write_conversations(data, "train", data_seed, num_conversations, kinds=_KINDS)
         report = train_predictors(
             folder / source,
             data / "questions.json",

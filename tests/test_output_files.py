@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from dllava_export.plot_files import check_plot_format, save_plot
+from dllava_export.errors import InvalidInputError
+from dllava_export.output_files import check_plot_format, save_plot, write_text
 
 
 @pytest.mark.parametrize(
@@ -24,9 +25,20 @@ def test_leaves_the_old_file_when_it_fails(tmp_path):
     class Broken(Figure):
         def savefig(self, path, **_):
             path.write_bytes(b"half")
-            raise OSError("disk full")
+            raise OSError(28, "No space left on device")
 
     (tmp_path / "a.png").write_bytes(b"old")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InvalidInputError, match=r"a\.png cannot be written \(No space left"):
         save_plot(Broken(), tmp_path / "a.png")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_write_text(tmp_path):
+    write_text(tmp_path / "a.md", "ä")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.md"]
+    assert (tmp_path / "a.md").read_text(encoding="utf-8") == "ä"
+
+
+def test_write_text_where_it_cannot_be_written(tmp_path):
+    with pytest.raises(InvalidInputError, match=r"no/a\.md cannot be written \(No such file"):
+        write_text(tmp_path / "no" / "a.md", "a")
