@@ -239,7 +239,8 @@ def test_predictors_are_trained_from_the_dense_checkpoint(
     for name in ("PREDICTOR_SETTINGS", "TOGETHER_SETTINGS"):
         short = dataclasses.replace(getattr(train, name), steps=1, batch_size=2)
         monkeypatch.setattr(train, name, short)
-    monkeypatch.setattr(train, "_NUM_CONVERSATIONS", 3)
+    folders = (train.PREDICTORS_FOLDER, train.SPARSE_FOLDER)
+    monkeypatch.setattr(train, "_NUM_CONVERSATIONS", dict.fromkeys(folders, 3))
     shutil.copytree(untrained, tmp_path / train.DENSE_FOLDER)
     train.train_sparse(tmp_path)
     checkpoint = read_checkpoint(tmp_path / train.SPARSE_FOLDER)

@@ -48,6 +48,7 @@ _KINDS = (
     "sum",
     "largest",
 )
+_NUM_CONVERSATIONS = {PREDICTORS_FOLDER: 2000, SPARSE_FOLDER: 3200}
 _TEST_SEED = 97
 _NUM_TEST_MOSAICS = 500
 PREDICTOR_SETTINGS = TrainingSettings(
@@ -111,14 +112,15 @@ def train(folder: Path, stages: Sequence[Stage] = STAGES) -> dict[str, float]:
 def train_sparse(folder: Path) -> None:
     """Train predictors from `dense`, and write `sparse`, a Dynamic-LLaVA."""
     steps = (
-        (DENSE_FOLDER, PREDICTORS_FOLDER, PREDICTOR_SETTINGS, 3, 2000),
-        (PREDICTORS_FOLDER, SPARSE_FOLDER, TOGETHER_SETTINGS, 4, 3200),
+        (DENSE_FOLDER, PREDICTORS_FOLDER, PREDICTOR_SETTINGS, 3),
+        (PREDICTORS_FOLDER, SPARSE_FOLDER, TOGETHER_SETTINGS, 4),
     )
-    for source, target, settings, data_seed, num_conversations in steps:
+    for source, target, settings, data_seed in steps:
         if (folder / target / "config.json").is_file():
             continue
         data = folder / f"conversations_{target}"
         if not (data / "questions.json").is_file():
+            num_conversations = _NUM_CONVERSATIONS[target]
             write_conversations(data, "train", data_seed, num_conversations, kinds=_KINDS)
         report = train_predictors(
             folder / source,
