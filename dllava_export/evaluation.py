@@ -47,7 +47,7 @@ class EvaluationSettings:
     """How bundles are asked.
 
     Attributes:
-        batch_size: Questions answered at once.
+        batch_size: Questions answered at once, those with truths of like length together.
         max_new_tokens: Tokens of an answer at most; None for 16 more than the longest truth.
         mode: `cache`, or `recompute` for a pass without KV cache per token.
         limit: Ask only the first so many usable questions; None for all.
@@ -273,15 +273,19 @@ def _ask_all(
 ) -> BundleResult:
     """Open a bundle and ask all questions; it is closed again when this returns."""
     session = open_session()
-    answers: list[Answer] = []
+    # A batch runs until its longest answer ends, so answers of like length go together.
+    order = sorted(range(len(questions)), key=lambda index: len(questions[index].truth))
+    answers: dict[int, Answer] = {}
     start = time.perf_counter()
     for first in range(0, len(questions), settings.batch_size):
-        batch = questions[first : first + settings.batch_size]
-        answers += _ask(session, batch, settings)
+        batch = order[first : first + settings.batch_size]
+        found = _ask(session, [questions[index] for index in batch], settings)
+        answers.update(zip(batch, found, strict=True))
         on_answers(len(batch))
     seconds = (time.perf_counter() - start) / len(questions)
     policy = reader.manifest.sparsity.policy
-    return BundleResult(name, reader.path, policy, tuple(answers), seconds)
+    in_order = tuple(answers[index] for index in range(len(questions)))
+    return BundleResult(name, reader.path, policy, in_order, seconds)
 
 
 def _ask(

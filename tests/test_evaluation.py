@@ -408,6 +408,25 @@ def test_evaluate_asks_the_first_questions_only(bundles, folder):
     assert result.total.kept_image_tokens is None
 
 
+def test_answers_of_like_length_go_together(bundles, folder, monkeypatch):
+    from dllava_export.session import Session
+
+    asked = []
+    generate = Session.generate
+
+    def note(self, images, prompts, **settings):
+        asked.append(prompts)
+        return generate(self, images, prompts, **settings)
+
+    monkeypatch.setattr(Session, "generate", note)
+    truths = {"w5": "w6 w7 w8", "w8": "w6", "w9": "w6 w7 w9", "w10": "w7"}
+    path = write(folder, *(line(image=None, text=t, answer=a) for t, a in truths.items()))
+    settings = EvaluationSettings(batch_size=2, max_new_tokens=2, num_threads=1)
+    (result,) = evaluate([bundles.path("mha")], path, settings).results
+    assert asked == [["w8", "w10"], ["w5", "w9"]]
+    assert [answer.question.text for answer in result.answers] == list(truths)
+
+
 def test_bundles_of_the_same_name(bundles, folder):
     path = bundles.path("mha")
     settings = dataclasses.replace(ONE, max_new_tokens=1)
