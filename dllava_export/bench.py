@@ -22,18 +22,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dllava_export import bundle
+from dllava_export.benchmark.bundle_session import (
+    DENSE_SPARSITY,
+    open_bundle,
+    pretend_generated,
+)
 from dllava_export.chat import IMAGE_PLACEHOLDER_ID
 from dllava_export.errors import BackendError
+from dllava_export.session import load
 from dllava_export.sparsity import Sparsity
 
 if TYPE_CHECKING:
     import onnx
 
-    from dllava_export.session import Session
-
 __all__ = ["BenchReport", "BenchSettings", "Measurement", "run_bench"]
 
-_DENSE = Sparsity(policy="none", output_text_keep_rate=1.0)
 _FIRST_TOKEN = 3  # any ordinary id: what is generated does not change the time
 
 
@@ -48,6 +51,8 @@ class BenchSettings:
         num_threads: Threads of every runtime.
         rounds: Turns; medians over them are reported.
         decode_steps: Decode steps per turn and length.
+        backend: What runs the bundle itself: `onnxruntime`, `tensorrt` or `tensorrt-rtx`. Its
+            dense form and transformers are compared with ONNX Runtime only.
     """
 
     prompt_text_len: int = 64
@@ -56,6 +61,7 @@ class BenchSettings:
     num_threads: int = 2
     rounds: int = 5
     decode_steps: int = 8
+    backend: str = "onnxruntime"
 
 
 @dataclasses.dataclass
@@ -87,14 +93,15 @@ class BenchReport:
         settings: What was measured.
         subjects: `sparse` first.
         capacity_ratio: Decode time with four times the cache capacity over that with the
-            planned one, at the same lengths: 1 where time does not depend on capacity.
+            planned one, at the same lengths: 1 where time does not depend on capacity. None for
+            engines, whose capacity is fixed.
         machine: Processor, cores and date.
         left_out: What could not be measured, and why.
     """
 
     settings: BenchSettings
     subjects: list[Measurement]
-    capacity_ratio: float
+    capacity_ratio: float | None
     machine: str
     left_out: list[str]
 
@@ -140,11 +147,18 @@ class BenchReport:
                 "times in ms, medians of "
                 f"{settings.rounds} interleaved rounds; in brackets: times as long as sparse",
                 *table,
-                f"decode with 4 x the cache capacity, same length: {self.capacity_ratio:.2f} x "
-                "the time",
+                *self._capacity_lines(),
                 *(f"left out: {reason}" for reason in self.left_out),
             ]
         )
+
+    def _capacity_lines(self) -> list[str]:
+        if self.capacity_ratio is None:
+            return []
+        return [
+            f"decode with 4 x the cache capacity, same length: {self.capacity_ratio:.2f} x "
+            "the time"
+        ]
 
 
 def run_bench(
@@ -170,21 +184,7 @@ def run_bench(
             f"{folder} has no vision tower; bench expects a bundle exported from a checkpoint, "
             "whose prompts hold an image. Export one, with --random-weights if need be."
         )
-    left_out = []
-    makers: dict[str, Callable[[], _Subject]] = {}
-    if manifest.sparsity.is_dense:
-        left_out.append(
-            "sparse: the bundle is dense; `dllava-export sparsify` makes a sparse one"
-        )
-    else:
-        makers["sparse"] = lambda: _SessionSubject(folder, settings, manifest.sparsity)
-    makers["dense"] = lambda: _SessionSubject(folder, settings, _DENSE)
-    if manifest.precision != "fp32":
-        left_out.append(
-            f"transformers: compared at fp32 only, the bundle is {manifest.precision}"
-        )
-    else:
-        makers["transformers"] = lambda: _TorchSubject(folder, settings)
+    makers, left_out = _subject_makers(folder, manifest, settings)
     total = len(makers) * (settings.rounds + 2)
     with tqdm(total=total, disable=not progress, desc="loading", leave=False) as bar:
         results = {}
@@ -214,6 +214,37 @@ def run_bench(
     return BenchReport(
         settings, list(results.values()), _capacity_ratio(first, settings), machine(), left_out
     )
+
+
+def _subject_makers(
+    folder: Path, manifest: bundle.Manifest, settings: BenchSettings
+) -> tuple[dict[str, Callable[[], _Subject]], list[str]]:
+    """Return what can be measured, by name, and why the rest cannot."""
+    left_out = []
+    makers: dict[str, Callable[[], _Subject]] = {}
+    own = manifest.sparsity
+    if own.is_dense:
+        left_out.append(
+            "sparse: the bundle is dense; `dllava-export sparsify` makes a sparse one"
+        )
+    else:
+        makers["sparse"] = lambda: _SessionSubject(folder, settings, own)
+    if own.is_dense or settings.backend == "onnxruntime":
+        makers["dense"] = lambda: _SessionSubject(folder, settings, DENSE_SPARSITY)
+    else:
+        left_out.append(
+            f"dense: the engines of {settings.backend} are the sparse decoder's; export with "
+            "--policy none and build that to time it"
+        )
+    if settings.backend != "onnxruntime":
+        left_out.append("transformers: compared with ONNX Runtime only")
+    elif manifest.precision != "fp32":
+        left_out.append(
+            f"transformers: compared at fp32 only, the bundle is {manifest.precision}"
+        )
+    else:
+        makers["transformers"] = lambda: _TorchSubject(folder, settings)
+    return makers, left_out
 
 
 def machine() -> str:
@@ -272,7 +303,10 @@ class _SessionSubject(_Subject):
 
     def __init__(self, folder: Path, settings: BenchSettings, sparsity: Sparsity) -> None:
         self.settings = settings
-        self.session = _open(folder, settings, sparsity)
+        if settings.backend == "onnxruntime":
+            self.session = open_bundle(folder, sparsity, settings.num_threads)
+        else:
+            self.session = load(folder, settings.backend)
         geometry = self.session.manifest.geometry
         rng = np.random.default_rng(0)
         shape = settings.batch_size, geometry.num_image_tokens, geometry.hidden_size
@@ -288,11 +322,8 @@ class _SessionSubject(_Subject):
         )
 
     def pretend_generated(self, length: int) -> None:
-        """Move the write indices as `length` tokens would; what the rows hold costs no time."""
-        sparsity = self.session.manifest.sparsity
-        rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0
-        self.session._full = self.session._full + length
-        self.session._sparse = self.session._sparse + round(rate * length)
+        """Write rows behind the valid ones, as many as the policy is expected to keep."""
+        pretend_generated(self.session, length)
 
     def decode(self) -> None:
         self.session.decode([_FIRST_TOKEN] * self.settings.batch_size)
@@ -304,27 +335,6 @@ class _SessionSubject(_Subject):
 
     def kv_allocated_bytes(self) -> int:
         return self.session.kv_plan.bytes_full + self.session.kv_plan.bytes_sparse
-
-
-def _open(folder: Path, settings: BenchSettings, sparsity: Sparsity) -> Session:
-    """Open a bundle as it is, or as a dense decoder made from the graph it started from."""
-    import onnx
-
-    from dllava_export.export import transform_decoder
-    from dllava_export.ort_backend import OrtBackend
-    from dllava_export.session import Session
-
-    manifest = bundle.read_manifest(folder, verify=False)
-    decoder = None
-    if sparsity.is_dense and not manifest.sparsity.is_dense:
-        path = folder / bundle.LLM_FOLDER / bundle.DENSE_DECODER
-        models, _ = transform_decoder(
-            onnx.load(path, load_external_data=False), sparsity, None
-        )
-        decoder = models[bundle.DECODER]
-        manifest = dataclasses.replace(manifest, sparsity=sparsity)
-    backend = OrtBackend(folder, manifest, num_threads=settings.num_threads, decoder=decoder)
-    return Session(folder, manifest, backend, manifest.max_position_embeddings)
 
 
 class _TorchSubject(_Subject):
@@ -435,8 +445,10 @@ def _prompt(settings: BenchSettings) -> np.ndarray:
     return np.insert(text, 1, IMAGE_PLACEHOLDER_ID)
 
 
-def _capacity_ratio(subject: _SessionSubject, settings: BenchSettings) -> float:
+def _capacity_ratio(subject: _SessionSubject, settings: BenchSettings) -> float | None:
     """Time decode steps at equal lengths with the planned and with four times the capacity."""
+    if settings.backend != "onnxruntime":
+        return None
     length = max(settings.decode_lengths)
     planned = subject.num_new
     times: dict[int, list[float]] = {planned: [], 4 * planned: []}
@@ -468,7 +480,7 @@ def _measure_memory(folder: Path, settings: BenchSettings, name: str) -> int:
         subject: _Subject = _TorchSubject(folder, settings)
     else:
         manifest = bundle.read_manifest(folder, verify=False)
-        sparsity = manifest.sparsity if name == "sparse" else _DENSE
+        sparsity = manifest.sparsity if name == "sparse" else DENSE_SPARSITY
         subject = _SessionSubject(folder, settings, sparsity)
     subject.prefill()
     for _ in range(settings.decode_steps):

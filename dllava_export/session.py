@@ -205,9 +205,10 @@ class Session:
     @property
     def cache_lengths(self) -> np.ndarray:
         """Valid rows of each cache, [layers, batch] int64."""
-        num_layers = self.manifest.geometry.num_layers
         num_full = self.kv_plan.num_full_layers
-        return np.stack([self._full] * num_full + [self._sparse] * (num_layers - num_full))
+        lengths = np.empty((self.manifest.geometry.num_layers, len(self._full)), np.int64)
+        lengths[:num_full], lengths[num_full:] = self._full, self._sparse
+        return lengths
 
     @property
     def is_full(self) -> np.ndarray:

@@ -111,6 +111,26 @@ def test_says_what_is_left_out(bundles, monkeypatch, changes, sparsity, reasons,
     assert list(subjects(report)) == names
 
 
+@pytest.mark.parametrize(
+    ("policy", "names", "reason"),
+    [
+        pytest.param({}, ["sparse"], "dense: the engines of tensorrt-rtx are the sparse",
+                     id="sparse"),
+        pytest.param({"policy": "none"}, ["dense"], "sparse: the bundle is dense", id="dense"),
+    ],
+)  # fmt: skip
+def test_engines_are_timed_alone(bundles, monkeypatch, policy, names, reason):
+    monkeypatch.setattr(bench, "_peak_memory", lambda *_: 1 << 20)
+    monkeypatch.setattr(bench, "_SessionSubject", StillSubject)
+    settings = dataclasses.replace(SETTINGS, backend="tensorrt-rtx")
+    report = run_bench(bundles.path("gqa", **policy), settings)
+    assert list(subjects(report)) == names
+    assert report.left_out[0].startswith(reason)
+    assert report.left_out[1] == "transformers: compared with ONNX Runtime only"
+    assert report.capacity_ratio is None
+    assert "cache capacity" not in report.to_text()
+
+
 def test_refuses_a_bundle_without_a_vision_tower(bundles, monkeypatch):
     folder = bundles.path("gqa")
     manifest = dataclasses.replace(bench.bundle.read_manifest(folder), has_visual=False)

@@ -236,10 +236,10 @@ def test_training_goes_on_exactly_where_it_stopped(
 def test_predictors_are_trained_from_the_dense_checkpoint(
     train: ModuleType, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("PREDICTOR_SETTINGS", "TOGETHER_SETTINGS"):
+    for name in ("PREDICTOR_SETTINGS", "TOGETHER_SETTINGS", "DECODER_SETTINGS"):
         short = dataclasses.replace(getattr(train, name), steps=1, batch_size=2)
         monkeypatch.setattr(train, name, short)
-    folders = (train.PREDICTORS_FOLDER, train.SPARSE_FOLDER)
+    folders = (train.PREDICTORS_FOLDER, train.TOGETHER_FOLDER, train.SPARSE_FOLDER)
     monkeypatch.setattr(train, "_NUM_CONVERSATIONS", dict.fromkeys(folders, 3))
     shutil.copytree(untrained, tmp_path / train.DENSE_FOLDER)
     train.train_sparse(tmp_path)

@@ -33,6 +33,7 @@ __all__ = ["DENSE_FOLDER", "SPARSE_FOLDER", "STAGES", "train", "train_sparse"]
 
 DENSE_FOLDER = "dense"
 PREDICTORS_FOLDER = "predictors"
+TOGETHER_FOLDER = "together"
 SPARSE_FOLDER = "sparse"
 
 # Mostly the long answer and the sum: those whose tokens depend on earlier ones.
@@ -48,7 +49,7 @@ _KINDS = (
     "sum",
     "largest",
 )
-_NUM_CONVERSATIONS = {PREDICTORS_FOLDER: 2000, SPARSE_FOLDER: 3200}
+_NUM_CONVERSATIONS = {PREDICTORS_FOLDER: 2000, TOGETHER_FOLDER: 3200, SPARSE_FOLDER: 1600}
 _TEST_SEED = 97
 _NUM_TEST_MOSAICS = 500
 PREDICTOR_SETTINGS = TrainingSettings(
@@ -73,6 +74,11 @@ TOGETHER_SETTINGS = dataclasses.replace(
     PREDICTOR_SETTINGS, steps=400, predictor_lr=3e-4, model_lr=1e-4, seed=1
 )
 """Then it gets used to what is missing."""
+
+DECODER_SETTINGS = dataclasses.replace(
+    PREDICTOR_SETTINGS, steps=200, predictor_lr=1e-4, model_lr=3e-4, seed=2
+)
+"""At last the decoder moves fastest, over decisions that hardly change any more."""
 
 # Few patches first: steps are several times cheaper, and the decoder learns early that most
 # patches may be missing. The whole picture is then a matter of some more steps.
@@ -113,7 +119,8 @@ def train_sparse(folder: Path) -> None:
     """Train predictors from `dense`, and write `sparse`, a Dynamic-LLaVA."""
     steps = (
         (DENSE_FOLDER, PREDICTORS_FOLDER, PREDICTOR_SETTINGS, 3),
-        (PREDICTORS_FOLDER, SPARSE_FOLDER, TOGETHER_SETTINGS, 4),
+        (PREDICTORS_FOLDER, TOGETHER_FOLDER, TOGETHER_SETTINGS, 4),
+        (TOGETHER_FOLDER, SPARSE_FOLDER, DECODER_SETTINGS, 5),
     )
     for source, target, settings, data_seed in steps:
         if (folder / target / "config.json").is_file():

@@ -1,0 +1,154 @@
+"""This toolkit in ONNX Runtime, sparse and in its dense form."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from dllava_export import bundle
+from dllava_export.benchmark.bundle_session import (
+    DENSE_SPARSITY,
+    open_bundle,
+    pretend_generated,
+)
+from dllava_export.benchmark.random_model import RandomModel, random_token_ids
+from dllava_export.chat import IMAGE_PLACEHOLDER_ID
+from dllava_export.errors import BackendError
+from dllava_export.sparsity import Sparsity
+
+__all__ = ["DenseSubject", "SparseSubject"]
+
+
+class _SessionSubject:
+    """See `subject.Subject`. The image's features are the embeddings of ordinary tokens.
+
+    The dense form therefore computes what every other subject computes from token ids.
+    """
+
+    notes = "image features given: the vision tower is not part of any time"
+
+    def __init__(self, model: RandomModel, sparsity: Sparsity) -> None:
+        import onnxruntime
+
+        from dllava_export import __version__
+
+        self.version = f"dllava-export {__version__}, onnxruntime {onnxruntime.__version__}"
+        self.session = open_bundle(model.bundle, sparsity, model.settings.num_threads)
+        self._model = model
+        self._logits = np.zeros((0, 0), np.float32)
+        self._after_prefill = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._prompts: list[np.ndarray] = []
+        self._features = np.zeros((0, 0, 0), np.float32)
+
+    def prepare(self, batch_size: int) -> None:
+        """Make prompts of one image behind the first token."""
+        ids = self._model.prompt_ids(batch_size)
+        last = 1 + self._model.settings.num_image_tokens
+        self._features = self.session._reader.lookup(ids[:, 1:last])
+        rest = np.delete(ids, np.s_[1:last], axis=1)
+        self._prompts = list(np.insert(rest, 1, IMAGE_PLACEHOLDER_ID, axis=1))
+
+    def prefill(self) -> None:
+        """Feed the prompts; the buffers of the prefill before are used again."""
+        settings = self._model.settings
+        num_new = max(self._model.max_tokens - settings.num_prompt_tokens, settings.kv_length)
+        result = self.session.prefill(
+            self._prompts, image_features=self._features, max_new_tokens=num_new
+        )
+        self._logits = result.logits
+        self._after_prefill = self.session._full, self.session._sparse
+
+    def logits(self) -> np.ndarray:
+        """See `subject.Subject`."""
+        return self._logits
+
+    def fill(self, num_generated: int) -> None:
+        """Go back to the prompt, then write rows behind it."""
+        self.session._full, self.session._sparse = self._after_prefill
+        pretend_generated(self.session, num_generated)
+
+    def decode(self) -> None:
+        """Feed a token."""
+        self.session.decode([self._model.geometry.vocab_size - 1] * len(self._prompts))
+
+    def generate(self, num_tokens: int) -> tuple[int, float]:
+        """Prefill one prompt and feed random tokens, each through the predictor.
+
+        Returns:
+            Bytes of the valid cache rows from `sparse_layer` on, and the share of tokens kept.
+        """
+        self.prepare(1)
+        self.prefill()
+        prompt_rows = int(self.session.cache_lengths[-1, 0])
+        for token in random_token_ids(self._model.geometry, (num_tokens,), seed=2):
+            self.session.decode([int(token)])
+        lengths = self.session.cache_lengths[self._model.settings.sparse_layer :]
+        kept = (int(lengths[-1, 0]) - prompt_rows) / num_tokens
+        return int(lengths.sum()) * self.session.kv_plan.bytes_per_row, kept
+
+    def kv_bytes(self, num_rows: int) -> int:
+        """Return the bytes of so many rows in the caches from `sparse_layer` on, at batch 1."""
+        num_layers = self._model.geometry.num_layers - self._model.settings.sparse_layer
+        return num_layers * num_rows * self.session.kv_plan.bytes_per_row
+
+    def overhead(self, num_steps: int) -> float:
+        """Return the share of decode steps that is not spent inside ONNX Runtime.
+
+        Raises:
+            BackendError: If a step is not one run.
+        """
+        backend: Any = self.session._backend
+        inner = backend._decoder
+        timed = _TimedRuns(inner)
+        # What is bound already would go on with the session itself.
+        backend._decoder, backend._decode = timed, None
+        self.prepare(1)
+        self.prefill()
+        self.decode()
+        timed.seconds, timed.num_runs = 0.0, 0
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            self.decode()
+        elapsed = time.perf_counter() - start
+        backend._decoder, backend._decode = inner, None
+        if timed.num_runs != num_steps:
+            raise BackendError(
+                f"{num_steps} decode steps made {timed.num_runs} runs of ONNX Runtime, expected "
+                "one each: the backend no longer runs its decoder with bindings."
+            )
+        return 1 - timed.seconds / elapsed
+
+
+class SparseSubject(_SessionSubject):
+    """The bundle as it is."""
+
+    def __init__(self, model: RandomModel) -> None:
+        super().__init__(model, bundle.read_manifest(model.bundle, verify=False).sparsity)
+
+
+class DenseSubject(_SessionSubject):
+    """The bundle's dense graph."""
+
+    def __init__(self, model: RandomModel) -> None:
+        super().__init__(model, DENSE_SPARSITY)
+
+
+class _TimedRuns:
+    """Stands before an `InferenceSession` and counts the time inside its runs."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.seconds = 0.0
+        self.num_runs = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, *args: Any) -> None:
+        """Run and count."""
+        start = time.perf_counter()
+        self._session.run_with_iobinding(*args)
+        self.seconds += time.perf_counter() - start
+        self.num_runs += 1

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import pytest
+
+from dllava_export.benchmark.plot import _colour, _number
+from dllava_export.benchmark.subject import SUBJECTS
+
+
+def test_subjects_have_colours_of_their_own():
+    assert len({_colour(name) for name in SUBJECTS}) == len(SUBJECTS)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        pytest.param(1254.6, " 1255", id="large"),
+        pytest.param(20.84, " 20.8", id="middle"),
+        pytest.param(0.786, " 0.786", id="small"),
+    ],
+)
+def test_labels_have_three_digits_or_no_point(value, text):
+    assert _number(value) == text
