@@ -10,34 +10,19 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from dllava_export import bundle
-from dllava_export.benchmark.bundle_session import (
-    DENSE_SPARSITY,
-    open_bundle,
-    pretend_generated,
-)
-from dllava_export.chat import IMAGE_PLACEHOLDER_ID
+from dllava_export.benchmark.bundle_session import DENSE_SPARSITY
+from dllava_export.benchmark.bundle_subjects import BundleSubject, SessionSubject, TorchSubject
+from dllava_export.benchmark.machine import machine_line
 from dllava_export.errors import BackendError
-from dllava_export.session import load
-from dllava_export.sparsity import Sparsity
-
-if TYPE_CHECKING:
-    import onnx
 
 __all__ = ["BenchReport", "BenchSettings", "Measurement", "run_bench"]
-
-_FIRST_TOKEN = 3  # any ordinary id: what is generated does not change the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,27 +195,31 @@ def run_bench(
         for length in settings.decode_lengths:
             results[name].kv_bytes[length] = subject.kv_bytes(length)
         results[name].kv_allocated_bytes = subject.kv_allocated_bytes()
-    first = next(s for s in subjects.values() if isinstance(s, _SessionSubject))
+    first = next(s for s in subjects.values() if isinstance(s, SessionSubject))
     return BenchReport(
-        settings, list(results.values()), _capacity_ratio(first, settings), machine(), left_out
+        settings,
+        list(results.values()),
+        _capacity_ratio(first, settings),
+        machine_line(),
+        left_out,
     )
 
 
 def _subject_makers(
     folder: Path, manifest: bundle.Manifest, settings: BenchSettings
-) -> tuple[dict[str, Callable[[], _Subject]], list[str]]:
+) -> tuple[dict[str, Callable[[], BundleSubject]], list[str]]:
     """Return what can be measured, by name, and why the rest cannot."""
     left_out = []
-    makers: dict[str, Callable[[], _Subject]] = {}
+    makers: dict[str, Callable[[], BundleSubject]] = {}
     own = manifest.sparsity
     if own.is_dense:
         left_out.append(
             "sparse: the bundle is dense; `dllava-export sparsify` makes a sparse one"
         )
     else:
-        makers["sparse"] = lambda: _SessionSubject(folder, settings, own)
+        makers["sparse"] = lambda: SessionSubject(folder, settings, own)
     if own.is_dense or settings.backend == "onnxruntime":
-        makers["dense"] = lambda: _SessionSubject(folder, settings, DENSE_SPARSITY)
+        makers["dense"] = lambda: SessionSubject(folder, settings, DENSE_SPARSITY)
     else:
         left_out.append(
             f"dense: the engines of {settings.backend} are the sparse decoder's; export with "
@@ -243,18 +232,8 @@ def _subject_makers(
             f"transformers: compared at fp32 only, the bundle is {manifest.precision}"
         )
     else:
-        makers["transformers"] = lambda: _TorchSubject(folder, settings)
+        makers["transformers"] = lambda: TorchSubject(folder, settings)
     return makers, left_out
-
-
-def machine() -> str:
-    """Return processor, number of cores and date, as results are labelled."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    return f"{name}, {os.cpu_count()} cores, {date.today().isoformat()}"
 
 
 class _Times:
@@ -263,7 +242,7 @@ class _Times:
         self._prefill: list[float] = []
         self._decode: dict[int, list[float]] = {n: [] for n in settings.decode_lengths}
 
-    def take_turn(self, subject: _Subject) -> None:
+    def take_turn(self, subject: BundleSubject) -> None:
         for length in self._settings.decode_lengths:
             # Every turn starts with a prefill: one untimed call warms the caches up.
             start = time.perf_counter()
@@ -282,170 +261,7 @@ class _Times:
         result.decode_ms = {n: 1e3 * statistics.median(t) for n, t in self._decode.items()}
 
 
-class _Subject:
-    """Something that prefills and decodes."""
-
-    def prefill(self) -> None: ...
-
-    def pretend_generated(self, length: int) -> None: ...
-
-    def decode(self) -> None: ...
-
-    def kv_bytes(self, length: int) -> int:
-        raise TypeError(f"{type(self).__name__} does not define kv_bytes")
-
-    def kv_allocated_bytes(self) -> int:
-        raise TypeError(f"{type(self).__name__} does not define kv_allocated_bytes")
-
-
-class _SessionSubject(_Subject):
-    """A bundle in ONNX Runtime, sparse or in its dense form."""
-
-    def __init__(self, folder: Path, settings: BenchSettings, sparsity: Sparsity) -> None:
-        self.settings = settings
-        if settings.backend == "onnxruntime":
-            self.session = open_bundle(folder, sparsity, settings.num_threads)
-        else:
-            self.session = load(folder, settings.backend)
-        geometry = self.session.manifest.geometry
-        rng = np.random.default_rng(0)
-        shape = settings.batch_size, geometry.num_image_tokens, geometry.hidden_size
-        self.features = (0.02 * rng.standard_normal(shape)).astype(
-            np.float32 if geometry.bytes_per_value == 4 else np.float16
-        )
-        self.prompts = [_prompt(settings)] * settings.batch_size
-        self.num_new = max(settings.decode_lengths) + settings.decode_steps + 2
-
-    def prefill(self) -> None:
-        self.session.prefill(
-            self.prompts, image_features=self.features, max_new_tokens=self.num_new
-        )
-
-    def pretend_generated(self, length: int) -> None:
-        """Write rows behind the valid ones, as many as the policy is expected to keep."""
-        pretend_generated(self.session, length)
-
-    def decode(self) -> None:
-        self.session.decode([_FIRST_TOKEN] * self.settings.batch_size)
-
-    def kv_bytes(self, length: int) -> int:
-        self.prefill()
-        self.pretend_generated(length)
-        return int(self.session.cache_lengths.sum()) * self.session.kv_plan.bytes_per_row
-
-    def kv_allocated_bytes(self) -> int:
-        return self.session.kv_plan.bytes_full + self.session.kv_plan.bytes_sparse
-
-
-class _TorchSubject(_Subject):
-    """transformers' own LLaMA with SDPA and its dynamic cache, on the same weights."""
-
-    def __init__(self, folder: Path, settings: BenchSettings) -> None:
-        import torch
-
-        torch.set_num_threads(settings.num_threads)
-        self.settings = settings
-        self.model = _load_torch(folder)
-        manifest = bundle.read_manifest(folder, verify=False)
-        num_rows = manifest.geometry.num_image_tokens + settings.prompt_text_len
-        generator = torch.Generator().manual_seed(0)
-        shape = settings.batch_size, num_rows, manifest.geometry.hidden_size
-        self.embeds = 0.02 * torch.randn(shape, generator=generator)
-        self.token = torch.full((settings.batch_size, 1), _FIRST_TOKEN)
-        self.geometry = manifest.geometry
-        self.cache: Any = None
-
-    def prefill(self) -> None:
-        import torch
-
-        with torch.inference_mode():
-            outputs = self.model(inputs_embeds=self.embeds, use_cache=True, logits_to_keep=1)
-        self.cache = outputs.past_key_values
-
-    def pretend_generated(self, length: int) -> None:
-        """Append rows of zeros to every layer's cache."""
-        import torch
-
-        if length == 0:
-            return
-        geometry = self.geometry
-        shape = self.settings.batch_size, geometry.num_kv_heads, length, geometry.head_dim
-        for layer in range(geometry.num_layers):
-            self.cache.update(torch.zeros(shape), torch.zeros(shape), layer)
-
-    def decode(self) -> None:
-        import torch
-
-        with torch.inference_mode():
-            outputs = self.model(
-                input_ids=self.token, past_key_values=self.cache, use_cache=True
-            )
-        self.cache = outputs.past_key_values
-
-    def kv_bytes(self, length: int) -> int:
-        geometry = self.geometry
-        row = 2 * geometry.num_kv_heads * geometry.head_dim * geometry.bytes_per_value
-        rows = self.embeds.shape[1] + length
-        return self.settings.batch_size * geometry.num_layers * rows * row
-
-    def kv_allocated_bytes(self) -> int:
-        return self.kv_bytes(max(self.settings.decode_lengths))
-
-
-def _load_torch(folder: Path) -> Any:
-    """Load the bundle's weights into transformers' LLaMA, mapped from the bundle's files."""
-    import json
-
-    import onnx
-    import torch
-    from transformers import LlamaForCausalLM
-
-    from dllava_export import checkpoint_config
-
-    llm = folder / bundle.LLM_FOLDER
-    config_json = json.loads((llm / "config.json").read_text(encoding="utf-8"))
-    manifest = bundle.read_manifest(folder, verify=False)
-    assert manifest.layout != "onnx"
-    config = checkpoint_config.text_config(
-        config_json, manifest.layout, manifest.geometry.num_layers
-    )
-    config._attn_implementation = "sdpa"
-    dense = onnx.load(llm / bundle.DENSE_DECODER, load_external_data=False)
-    state = {}
-    for tensor in dense.graph.initializer:
-        if tensor.name.endswith((".weight", ".bias")):
-            state[tensor.name] = torch.from_numpy(_values(tensor, llm).copy())
-    from dllava_export.weights import EmbeddingTable
-
-    assert manifest.embedding is not None
-    table = EmbeddingTable(llm, manifest.embedding).rows
-    state["model.embed_tokens.weight"] = torch.from_numpy(np.array(table))
-    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # where tied
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict(state, assign=True, strict=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not stored
-    return model.eval()
-
-
-def _values(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
-    """Read an initializer; onnx's own reader refuses hard links, which weights may be."""
-    import onnx
-
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    if not place:
-        return onnx.numpy_helper.to_array(tensor)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    path, offset = folder / place["location"], int(place["offset"])
-    return np.memmap(path, dtype, "r", offset, tuple(tensor.dims))
-
-
-def _prompt(settings: BenchSettings) -> np.ndarray:
-    text = np.full(settings.prompt_text_len, _FIRST_TOKEN, np.int64)
-    return np.insert(text, 1, IMAGE_PLACEHOLDER_ID)
-
-
-def _capacity_ratio(subject: _SessionSubject, settings: BenchSettings) -> float | None:
+def _capacity_ratio(subject: SessionSubject, settings: BenchSettings) -> float | None:
     """Time decode steps at equal lengths with the planned and with four times the capacity."""
     if settings.backend != "onnxruntime":
         return None
@@ -477,11 +293,11 @@ def _measure_memory(folder: Path, settings: BenchSettings, name: str) -> int:
     import resource
 
     if name == "transformers":
-        subject: _Subject = _TorchSubject(folder, settings)
+        subject: BundleSubject = TorchSubject(folder, settings)
     else:
         manifest = bundle.read_manifest(folder, verify=False)
         sparsity = manifest.sparsity if name == "sparse" else DENSE_SPARSITY
-        subject = _SessionSubject(folder, settings, sparsity)
+        subject = SessionSubject(folder, settings, sparsity)
     subject.prefill()
     for _ in range(settings.decode_steps):
         subject.decode()

@@ -7,6 +7,8 @@ import pytest
 
 from dllava_export import bench
 from dllava_export.bench import BenchReport, BenchSettings, Measurement, run_bench
+from dllava_export.benchmark.bundle_subjects import BundleSubject
+from dllava_export.benchmark.machine import machine_line
 from dllava_export.errors import BackendError
 
 SETTINGS = BenchSettings(
@@ -68,7 +70,7 @@ def test_json_holds_everything(report):
     assert [subject["name"] for subject in values["subjects"]] == list(subjects(report))
     assert values["subjects"][0]["kv_bytes"]["20"] == report.subjects[0].kv_bytes[20]
     assert values["settings"]["decode_lengths"] == [0, 20]
-    assert values["machine"] == bench.machine()
+    assert values["machine"] == machine_line()
 
 
 def test_table_gives_ratios_over_sparse():
@@ -103,8 +105,8 @@ def test_says_what_is_left_out(bundles, monkeypatch, changes, sparsity, reasons,
     manifest = dataclasses.replace(bench.bundle.read_manifest(folder), **changes)
     monkeypatch.setattr(bench.bundle, "read_manifest", lambda *_, **__: manifest)
     monkeypatch.setattr(bench, "_peak_memory", lambda *_: 1 << 20)
-    monkeypatch.setattr(bench, "_SessionSubject", StillSubject)
-    monkeypatch.setattr(bench, "_TorchSubject", StillSubject)
+    monkeypatch.setattr(bench, "SessionSubject", StillSubject)
+    monkeypatch.setattr(bench, "TorchSubject", StillSubject)
     monkeypatch.setattr(bench, "_capacity_ratio", lambda *_: 1.0)
     report = run_bench(folder, SETTINGS)
     assert report.left_out == reasons
@@ -121,7 +123,7 @@ def test_says_what_is_left_out(bundles, monkeypatch, changes, sparsity, reasons,
 )  # fmt: skip
 def test_engines_are_timed_alone(bundles, monkeypatch, policy, names, reason):
     monkeypatch.setattr(bench, "_peak_memory", lambda *_: 1 << 20)
-    monkeypatch.setattr(bench, "_SessionSubject", StillSubject)
+    monkeypatch.setattr(bench, "SessionSubject", StillSubject)
     settings = dataclasses.replace(SETTINGS, backend="tensorrt-rtx")
     report = run_bench(bundles.path("gqa", **policy), settings)
     assert list(subjects(report)) == names
@@ -139,7 +141,7 @@ def test_refuses_a_bundle_without_a_vision_tower(bundles, monkeypatch):
         run_bench(folder, SETTINGS)
 
 
-class StillSubject(bench._Subject):
+class StillSubject(BundleSubject):
     """Takes no time."""
 
     def __init__(self, *_: object) -> None: ...

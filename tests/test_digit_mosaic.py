@@ -239,7 +239,7 @@ def test_predictors_are_trained_from_the_dense_checkpoint(
     for name in ("PREDICTOR_SETTINGS", "TOGETHER_SETTINGS", "DECODER_SETTINGS"):
         short = dataclasses.replace(getattr(train, name), steps=1, batch_size=2)
         monkeypatch.setattr(train, name, short)
-    folders = (train.PREDICTORS_FOLDER, train.TOGETHER_FOLDER, train.SPARSE_FOLDER)
+    folders = (train.PREDICTORS_FOLDER, train.TOGETHER_FOLDER, train.DECODER_FOLDER)
     monkeypatch.setattr(train, "_NUM_CONVERSATIONS", dict.fromkeys(folders, 3))
     shutil.copytree(untrained, tmp_path / train.DENSE_FOLDER)
     train.train_sparse(tmp_path)
@@ -249,6 +249,10 @@ def test_predictors_are_trained_from_the_dense_checkpoint(
     assert checkpoint.sparse_config.output_text_keep_rate == 0.5
     num_bytes = sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))
     assert num_bytes < 12e6
+    parts = [read_checkpoint(tmp_path / name).tensors for name in folders[1:]]
+    for name, tensor in checkpoint.tensors.items():
+        first, second = (part[name].read().astype(np.float32) for part in parts)
+        np.testing.assert_array_equal(tensor.read(), ((first + second) / 2).astype(np.float16))
 
 
 # The trained checkpoint.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_machine"]
+__all__ = ["describe_machine", "machine_line"]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -19,6 +20,11 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def machine_line() -> str:
+    """Return processor, number of cores and date, as small results are labelled."""
+    return f"{_processor()}, {os.cpu_count() or 1} cores, {date.today().isoformat()}"
 
 
 def _processor() -> str:

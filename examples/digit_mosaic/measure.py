@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import json
 import os
@@ -21,7 +20,7 @@ from mosaic_data import write_conversations
 from tqdm import tqdm
 
 import dllava_export
-from dllava_export.bench import machine
+from dllava_export.benchmark.machine import machine_line
 from dllava_export.chat import IMAGE_PLACEHOLDER_ID
 from dllava_export.checkpoint import read_checkpoint
 from dllava_export.evaluation import EvaluationSettings, evaluate
@@ -66,11 +65,10 @@ class Measurement:
 
     def to_markdown(self) -> str:
         """Return all tables, with date and machine."""
-        today = datetime.datetime.now(datetime.UTC).date()
         lines = [
             "# Digit mosaic: results",
             "",
-            f"{today}, {machine()}, `python measure.py`, one thread for each bundle.",
+            f"{machine_line()}, `python measure.py`, one thread for each bundle.",
             "",
             "| | short questions | long question | digit patches kept |",
             "| --- | ---: | ---: | ---: |",
