@@ -68,7 +68,7 @@ def _replaced_when_complete(path: Path) -> Iterator[Path]:
         partial.replace(path)
     except OSError as error:
         raise InvalidInputError(
-            f"{path} cannot be written ({error.strerror}). Choose a file you may write."
+            f"{path} cannot be written ({error.strerror or error}). Choose a file you may write."
         ) from error
     finally:
         partial.unlink(missing_ok=True)

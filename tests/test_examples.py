@@ -26,6 +26,10 @@ def test_readme_has_an_introduction_and_says_how_to_run(example):
 def test_runs_and_leaves_what_it_says(example):
     if not (ROOT / ".venv" / "ready").exists():
         pytest.skip("no .venv: the example would install one; ./tests/run.sh makes it")
+    if example.name not in ARTIFACTS:
+        pytest.skip(
+            "needs 22 GiB of memory; test_large_export.py runs its steps but the build"
+        )
     before = {path.name for path in example.iterdir()} - ARTIFACTS[example.name]
     done = subprocess.run(
         ["./run.sh"], cwd=example, capture_output=True, text=True, check=False

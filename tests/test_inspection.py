@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dllava_export.errors import InvalidInputError
 from dllava_export.inspection import (
     Geometry,
     KVGroup,
@@ -214,7 +215,7 @@ def test_plot_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
 
     (tmp_path / "a.png").write_bytes(b"old")
     monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InvalidInputError, match=r"a\.png cannot be written \(disk full\)"):
         plot_report(inspect_geometry(TINY, Sparsity()), tmp_path / "a.png")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 

@@ -57,5 +57,5 @@ def test_dry_run_tells_memory(bundle):
     plan = json.loads(CliRunner().invoke(main, command).stdout)
     decoder = plan["engines"][0]
     assert decoder["weight_bytes"] == pytest.approx(1815 * MIB, rel=0.02)
-    assert plan["memory_bytes"] == int(1.5 * decoder["weight_bytes"]) + 768 * MIB
+    assert plan["memory_bytes"] == int(1.7 * decoder["weight_bytes"]) + 768 * MIB
     assert plan["kv"]["capacity_full"] == 1025
