@@ -463,7 +463,7 @@ def _write_json(path: Path, values: object) -> None:
 
 def _size(num_bytes: float) -> str:
     for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
+        if num_bytes < 999.5:  # more would be written with an exponent
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.2f} GiB"

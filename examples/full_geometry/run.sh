@@ -32,7 +32,11 @@ show() {
 
 # RTX builds take 1.7 times the weights in memory: at 13B more than most machines have.
 build_options=(--backend tensorrt-rtx --max-input-len 704 --max-kv-cache-capacity 2048)
-[ "$size" = 7B ] || build_options+=(--dry-run)
+gpu_memory=24GiB
+if [ "$size" = 13B ]; then
+    build_options+=(--dry-run)
+    gpu_memory=80GiB
+fi
 
 echo "$(date --utc +%F), $(nproc) cores, $(awk '/MemTotal/ {printf "%.1f GiB", $2 / 2^20}' /proc/meminfo)"
 du -sh --apparent-size checkpoint
@@ -40,5 +44,5 @@ du -sh checkpoint
 show export checkpoint bundle --image-keep-rate 0.2 --precision fp16 --profile
 show sparsify bundle uniform --policy uniform --image-keep-rate 0.3
 show inspect bundle
-show plan bundle --gpu-memory 24GiB --max-input-len 704 --max-new-tokens 1024
+show plan bundle --gpu-memory $gpu_memory --max-input-len 704 --max-new-tokens 1024
 show build bundle "${build_options[@]}" --profile
