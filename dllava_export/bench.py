@@ -19,7 +19,7 @@ from typing import Any
 from dllava_export import bundle
 from dllava_export.benchmark.bundle_session import DENSE_SPARSITY
 from dllava_export.benchmark.bundle_subjects import BundleSubject, SessionSubject, TorchSubject
-from dllava_export.benchmark.machine import machine_line
+from dllava_export.benchmark.machine import machine_line, wait_for_idle_threads
 from dllava_export.errors import BackendError
 
 __all__ = ["BenchReport", "BenchSettings", "Measurement", "run_bench"]
@@ -188,6 +188,7 @@ def run_bench(
         for _ in range(settings.rounds):
             for name, subject in subjects.items():
                 bar.set_description(f"timing {name}")
+                wait_for_idle_threads()
                 times[name].take_turn(subject)
                 bar.update()
     for name, subject in subjects.items():

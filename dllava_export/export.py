@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dllava_export import bundle, resources
+from dllava_export.byte_sizes import format_bytes
 from dllava_export.errors import BundleError, UnsupportedModelError
 from dllava_export.inspection import Geometry, PredictorGeometry
 from dllava_export.pipeline import decoder_passes, recompute_passes
@@ -81,7 +82,7 @@ class ExportReport:
         sparsity, geometry = self.manifest.sparsity, self.manifest.geometry
         lines = [
             f"Wrote {self.folder} in {self.seconds:.1f} s: "
-            f"{_size(self.bytes_written)} new, {_size(self.bytes_linked)} linked",
+            f"{format_bytes(self.bytes_written)} new, {format_bytes(self.bytes_linked)} linked",
             f"  decoder   {geometry.num_layers} layers, hidden {geometry.hidden_size}, "
             f"{self.manifest.precision}",
         ]
@@ -459,14 +460,6 @@ def _kept_image_tokens(sparsity: Sparsity, geometry: Geometry) -> str:
 
 def _write_json(path: Path, values: object) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 999.5:  # more would be written with an exponent
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.2f} GiB"
 
 
 @contextlib.contextmanager

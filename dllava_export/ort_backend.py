@@ -222,8 +222,6 @@ def open_session(
     providers = execution_providers(provider)
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # Idle threads must not go on spinning: they would slow whatever runs between two steps.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     if provider == "cuda":
         options.add_session_config_entry(_ASSIGNMENT_KEY, "1")
     if num_threads is not None:

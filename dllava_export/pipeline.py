@@ -78,9 +78,17 @@ def recompute_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> li
 
 def lowering_passes(provider: str = "cpu") -> list[Pass]:
     """Return what fits a portable graph to ONNX Runtime; see `LowerForOnnxRuntimePass`."""
-    from dllava_export.passes import LowerForOnnxRuntimePass
+    from dllava_export.passes import (
+        FuseResidualNormPass,
+        LowerForOnnxRuntimePass,
+        PackProjectionsPass,
+    )
 
-    return [LowerForOnnxRuntimePass(provider)]
+    steps: list[Pass] = [LowerForOnnxRuntimePass(provider)]
+    if provider == "cpu":
+        # After the lowering, whose ops they join: fewer kernels to start in a decode step.
+        steps += [FuseResidualNormPass(), PackProjectionsPass()]
+    return steps
 
 
 def tensorrt_passes(

@@ -2,6 +2,7 @@
 
 from dllava_export.passes.base import Pass, PassResult, run_passes
 from dllava_export.passes.fuse_attention import FuseAttentionPass
+from dllava_export.passes.fuse_residual_norm import FuseResidualNormPass
 from dllava_export.passes.fuse_rms_norm import FuseRMSNormPass
 from dllava_export.passes.fuse_rotary_embedding import FuseRotaryEmbeddingPass
 from dllava_export.passes.gather_last_row import GatherLastRowPass
@@ -13,12 +14,14 @@ from dllava_export.passes.insert_output_text_selection import InsertOutputTextSe
 from dllava_export.passes.lower_for_onnxruntime import LowerForOnnxRuntimePass
 from dllava_export.passes.lower_for_plugins import LowerForPluginsPass
 from dllava_export.passes.lower_for_tensorrt import LowerForTensorRTPass
+from dllava_export.passes.pack_projections import PackProjectionsPass
 from dllava_export.passes.policies import PredictorWeights
 from dllava_export.passes.replace_token_ids import ReplaceTokenIdsPass
 
 __all__ = [
     "FuseAttentionPass",
     "FuseRMSNormPass",
+    "FuseResidualNormPass",
     "FuseRotaryEmbeddingPass",
     "GatherLastRowPass",
     "InsertImageSelectionPass",
@@ -28,6 +31,7 @@ __all__ = [
     "LowerForOnnxRuntimePass",
     "LowerForPluginsPass",
     "LowerForTensorRTPass",
+    "PackProjectionsPass",
     "Pass",
     "PassResult",
     "PredictorWeights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,25 +24,28 @@ __all__ = ["BundleSubject", "SessionSubject", "TorchSubject"]
 _FIRST_TOKEN = 3  # any ordinary id: what is generated does not change the time
 
 
-class BundleSubject:
+class BundleSubject(abc.ABC):
     """Something that prefills and decodes the same prompts over and over."""
 
+    @abc.abstractmethod
     def prefill(self) -> None:
         """Feed the prompts into empty caches."""
 
+    @abc.abstractmethod
     def pretend_generated(self, length: int) -> None:
         """Leave the caches as so many generated tokens would."""
 
+    @abc.abstractmethod
     def decode(self) -> None:
         """Feed one token per sample."""
 
+    @abc.abstractmethod
     def kv_bytes(self, length: int) -> int:
         """Return the bytes of the valid cache rows after so many generated tokens."""
-        raise TypeError(f"{type(self).__name__} does not define kv_bytes")
 
+    @abc.abstractmethod
     def kv_allocated_bytes(self) -> int:
         """Return the bytes of the cache buffers."""
-        raise TypeError(f"{type(self).__name__} does not define kv_allocated_bytes")
 
 
 class SessionSubject(BundleSubject):

@@ -95,7 +95,7 @@ GEOMETRIES = (
         ties_embeddings=True,
         predictor_width=128,
         predictor_heads=4,
-        cases=(SuiteCase(1, 5, 5), SuiteCase(4, 3, 5)),
+        cases=(SuiteCase(1, 5, 9), SuiteCase(4, 3, 9)),
     ),
     SuiteGeometry(
         name="hidden_2048",
@@ -110,7 +110,7 @@ GEOMETRIES = (
         predictor_width=256,
         predictor_heads=8,
         # A prefill takes seconds here.
-        cases=(SuiteCase(1, 3, 3), SuiteCase(4, 2, 3)),
+        cases=(SuiteCase(1, 3, 3), SuiteCase(4, 3, 3)),
     ),
 )
 
@@ -128,7 +128,8 @@ class SuiteSettings:
         num_threads: CPU threads of every subject.
         sparse_layer: First decoder layer that sees only kept tokens.
         image_keep_rate: Share of image tokens kept.
-        output_text_keep_rate: Share of generated tokens kept; the predictor is calibrated to it.
+        output_text_keep_rate: Share of generated tokens kept; the predictor is calibrated to it on
+            the tokens that are generated.
         kv_length: Tokens really generated to count the KV bytes that stay.
     """
 

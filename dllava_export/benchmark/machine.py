@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_machine", "machine_line"]
+__all__ = ["describe_machine", "machine_line", "wait_for_idle_threads"]
+
+_SPIN_SECONDS = 0.05
 
 
 def describe_machine() -> dict[str, Any]:
@@ -25,6 +28,11 @@ def describe_machine() -> dict[str, Any]:
 def machine_line() -> str:
     """Return processor, number of cores and date, as small results are labelled."""
     return f"{_processor()}, {os.cpu_count() or 1} cores, {date.today().isoformat()}"
+
+
+def wait_for_idle_threads() -> None:
+    """Wait until idle threads of a runtime have stopped spinning: they take a core's time."""
+    time.sleep(_SPIN_SECONDS)
 
 
 def _processor() -> str:

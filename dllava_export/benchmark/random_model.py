@@ -2,7 +2,8 @@
 
 The output-text predictor of a random model would keep nearly all tokens or none, since its two
 logits differ by a constant more than by the token. The last bias is therefore moved so that the
-wanted share is kept on a sample of random tokens.
+wanted share of the tokens that the suite generates is kept. On other tokens the share is another:
+what precedes them moves all logits the same way.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _TEXT_PREDICTOR = "output_text_predictor."
 _WEIGHTS_FILE = "model.safetensors"
 _FIRST_ID = 3  # lower ones are special
 _PATCH_SIZE = 14
-_CALIBRATION_SAMPLES, _CALIBRATION_TOKENS = 16, 256
+_GENERATED_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,12 @@ class RandomModel:
         longest = self.settings.num_prompt_tokens + self.settings.decode_lengths[-1]
         ids = random_token_ids(self.geometry, (batch_size, longest), seed=batch_size)
         return ids[:, : self.settings.num_prompt_tokens + num_generated]
+
+    def generated_ids(self) -> np.ndarray:
+        """Return the answer to the first prompt, [kv_length] int64; random like all tokens."""
+        return random_token_ids(
+            self.geometry, (self.settings.kv_length,), seed=_GENERATED_SEED
+        )
 
 
 def random_token_ids(
@@ -205,12 +212,7 @@ def _write_calibrated_predictor(
 
 
 def _generated_states(model: RandomModel) -> torch.Tensor:
-    """Return what enters `sparse_layer` for random tokens behind prompts.
-
-    Returns:
-        [samples, tokens, hidden_size] float32. There are several samples, since what precedes
-        a token moves all logits of its sample in the same direction.
-    """
+    """Return what enters `sparse_layer` for the generated tokens, [1, tokens, hidden_size]."""
     import torch
     from safetensors import safe_open
     from transformers import LlamaConfig, LlamaModel
@@ -224,9 +226,9 @@ def _generated_states(model: RandomModel) -> torch.Tensor:
     llama.load_state_dict(state, assign=True)
     llama.rotary_emb = type(llama.rotary_emb)(config)  # its buffer is not stored
     llama.set_submodule("norm", torch.nn.Identity())  # the predictor reads the residual stream
-    ids = torch.from_numpy(model.prompt_ids(_CALIBRATION_SAMPLES, _CALIBRATION_TOKENS))
+    ids = np.append(model.prompt_ids(1), model.generated_ids())
     with torch.inference_mode():
-        states = llama(ids).last_hidden_state
+        states = llama(torch.from_numpy(ids)[None]).last_hidden_state
     return states[:, model.settings.num_prompt_tokens :]
 
 

@@ -62,7 +62,8 @@ def report_markdown(report: SuiteReport) -> str:
         "tower is part of any time. From decoder layer "
         f"{settings.sparse_layer} on, sparse keeps {settings.image_keep_rate:.0%} of the image "
         f"and {settings.output_text_keep_rate:.0%} of the generated tokens.",
-        "Every subject has a process of its own. They are measured in turns, round after round; "
+        "Every subject has a process of its own. They are measured in turns, round after round, "
+        "every second time in reverse; "
         "a cell is the median of the rounds, with the least and the most in brackets. Ratios "
         "are taken within a round. `decode@n`: one token for each sample, with n generated "
         "tokens in the caches. These are filled, not generated: with random rows (this toolkit, "
@@ -122,7 +123,8 @@ def _geometry_parts(result: GeometryResult, report: SuiteReport) -> list[str]:
                 f"predictor): {format_bytes(sparse.kv_bytes)} of the dense "
                 f"{format_bytes(sparse.dense_kv_bytes)}, "
                 f"{sparse.kv_bytes / sparse.dense_kv_bytes:.1%}. The predictor, calibrated to "
-                f"{settings.output_text_keep_rate:.0%}, kept {sparse.kept_share:.1%} of them.",
+                f"{settings.output_text_keep_rate:.0%} on these tokens, kept "
+                f"{sparse.kept_share:.1%} of them.",
                 "- Share of a decode step spent outside ONNX Runtime, batch 1: "
                 f"{sparse.decode_overhead:.1%} sparse, {sparse.dense_decode_overhead:.1%} "
                 "dense.",

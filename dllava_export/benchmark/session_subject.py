@@ -13,7 +13,7 @@ from dllava_export.benchmark.bundle_session import (
     open_bundle,
     pretend_generated,
 )
-from dllava_export.benchmark.random_model import RandomModel, random_token_ids
+from dllava_export.benchmark.random_model import RandomModel
 from dllava_export.chat import IMAGE_PLACEHOLDER_ID
 from dllava_export.errors import BackendError
 from dllava_export.sparsity import Sparsity
@@ -73,8 +73,8 @@ class _SessionSubject:
         """Feed a token."""
         self.session.decode([self._model.geometry.vocab_size - 1] * len(self._prompts))
 
-    def generate(self, num_tokens: int) -> tuple[int, float]:
-        """Prefill one prompt and feed random tokens, each through the predictor.
+    def generate(self) -> tuple[int, float]:
+        """Prefill one prompt and feed its answer, each token through the predictor.
 
         Returns:
             Bytes of the valid cache rows from `sparse_layer` on, and the share of tokens kept.
@@ -82,10 +82,11 @@ class _SessionSubject:
         self.prepare(1)
         self.prefill()
         prompt_rows = int(self.session.cache_lengths[-1, 0])
-        for token in random_token_ids(self._model.geometry, (num_tokens,), seed=2):
+        answer = self._model.generated_ids()
+        for token in answer:
             self.session.decode([int(token)])
         lengths = self.session.cache_lengths[self._model.settings.sparse_layer :]
-        kept = (int(lengths[-1, 0]) - prompt_rows) / num_tokens
+        kept = (int(lengths[-1, 0]) - prompt_rows) / len(answer)
         return int(lengths.sum()) * self.session.kv_plan.bytes_per_row, kept
 
     def kv_bytes(self, num_rows: int) -> int:

@@ -8,7 +8,6 @@ What a subject cannot do is written down with the reason, and the others go on.
 from __future__ import annotations
 
 import contextlib
-import functools
 import statistics
 import tempfile
 import time
@@ -21,7 +20,7 @@ import numpy as np
 
 from dllava_export import resources
 from dllava_export.benchmark.geometries import SuiteCase, SuiteGeometry, SuiteSettings
-from dllava_export.benchmark.machine import describe_machine
+from dllava_export.benchmark.machine import describe_machine, wait_for_idle_threads
 from dllava_export.benchmark.predictor_profile import measure_predictor_share
 from dllava_export.benchmark.random_model import make_random_model
 from dllava_export.benchmark.results import (
@@ -40,7 +39,6 @@ __all__ = ["run_suite"]
 _Show = Callable[[str], None]
 
 _OVERHEAD_STEPS = 40
-_PAUSE_SECONDS = 0.05  # threads of the last subject may still be spinning
 
 
 def run_suite(settings: SuiteSettings | None = None, *, progress: bool = False) -> SuiteReport:
@@ -130,38 +128,47 @@ def _measure_case(
     show: _Show,
 ) -> CaseResult:
     """Measure one batch size; a subject that fails loses the results of this case."""
-    times = {name: SubjectTimes() for name in workers}
-    turn = functools.partial(_take_turns, times, workers, left_out)
+    turns = _Turns(workers, left_out)
     for number in range(case.prefill_rounds):
         show(f"batch {case.batch_size}, prefill, round {number + 1}")
-        turn(_prefill, case.batch_size)
-    if REFERENCE in times:
-        turn(_compare_logits, workers[REFERENCE].call("logits"))
-    turn(_note_memory, "prefill")
+        turns.take(_prefill, case.batch_size)
+    if REFERENCE in turns.times:
+        turns.take(_compare_logits, workers[REFERENCE].call("logits"))
+    turns.take(_note_memory, "prefill")
     for length in settings.decode_lengths:
         show(f"batch {case.batch_size}, filling caches for {length} tokens")
-        turn(_fill, length)
+        turns.take(_fill, length)
         for number in range(case.decode_rounds):
             show(f"batch {case.batch_size}, decode at {length}, round {number + 1}")
-            turn(_decode, length, settings.decode_steps)
-    turn(_note_memory, "decode")
-    return CaseResult(case.batch_size, times)
+            turns.take(_decode, length, settings.decode_steps)
+    turns.take(_note_memory, "decode")
+    return CaseResult(case.batch_size, turns.times)
 
 
-def _take_turns(
-    times: dict[str, SubjectTimes],
-    workers: dict[str, Worker],
-    left_out: dict[str, str],
-    act: Callable[..., None],
-    *args: Any,
-) -> None:
-    """Let every subject act once; one that fails leaves `times`."""
-    for name, own in list(times.items()):
-        time.sleep(_PAUSE_SECONDS)
-        with _leaving_out(name, left_out):
-            act(workers[name], own, *args)
-        if name in left_out:
-            del times[name]
+class _Turns:
+    """Lets all subjects act, one after the other; every second time in reverse.
+
+    None always comes after the same one, which may have left the machine warm or busy.
+
+    Attributes:
+        times: Subject → what was measured; one that fails leaves it.
+    """
+
+    def __init__(self, workers: dict[str, Worker], left_out: dict[str, str]) -> None:
+        self.times = {name: SubjectTimes() for name in workers}
+        self._workers, self._left_out = workers, left_out
+        self._is_reversed = False
+
+    def take(self, act: Callable[..., None], *args: Any) -> None:
+        """Call `act(worker, times, *args)` for every subject."""
+        names = list(self.times)
+        for name in reversed(names) if self._is_reversed else names:
+            wait_for_idle_threads()
+            with _leaving_out(name, self._left_out):
+                act(self._workers[name], self.times[name], *args)
+            if name in self._left_out:
+                del self.times[name]
+        self._is_reversed = not self._is_reversed
 
 
 def _prefill(worker: Worker, own: SubjectTimes, batch_size: int) -> None:
@@ -191,7 +198,7 @@ def _ask_sparse(
     workers: dict[str, Worker], settings: SuiteSettings, share: float
 ) -> SparseFacts:
     """Generate tokens with the sparse decoder and count what stays."""
-    kv_bytes, kept = workers[SPARSE].call("generate", settings.kv_length)
+    kv_bytes, kept = workers[SPARSE].call("generate")
     dense_bytes = workers[DENSE].call(
         "kv_bytes", settings.num_prompt_tokens + settings.kv_length
     )

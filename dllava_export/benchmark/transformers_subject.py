@@ -1,11 +1,12 @@
 """transformers' LLaMA with SDPA attention and either of its caches, run eagerly.
 
-That is how `generate` runs it on a CPU: its automatic `torch.compile` of the static cache is for
-GPUs only.
+That is how `generate` runs it on a CPU: it compiles for a static cache on accelerators only
+(`_valid_auto_compile_criteria` in transformers 5.23).
 """
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from dllava_export.benchmark.random_model import RandomModel
 __all__ = ["DynamicCacheSubject", "StaticCacheSubject"]
 
 
-class _TransformersSubject:
+class _TransformersSubject(abc.ABC):
     """See `subject.Subject`."""
 
     notes = ""
 
     def __init__(self, model: RandomModel) -> None:
         torch.set_num_threads(model.settings.num_threads)
+        transformers.utils.logging.disable_progress_bar()
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}"
         self._model = model
         self._llama: Any = LlamaForCausalLM.from_pretrained(
@@ -34,8 +36,8 @@ class _TransformersSubject:
         self._logits = torch.zeros(0)
         self._cache: Any = None
 
-    def _new_cache(self) -> Any:
-        raise TypeError(f"{type(self).__name__} does not define _new_cache")
+    @abc.abstractmethod
+    def _new_cache(self) -> Any: ...
 
     def prepare(self, batch_size: int) -> None:
         """Drop the cache."""
@@ -88,8 +90,8 @@ class StaticCacheSubject(_TransformersSubject):
     """The cache of fixed size: attention runs over all of it, under a mask."""
 
     notes = (
-        "SDPA, eager: torch.compile is not used, as `generate` compiles on GPUs only; the cache "
-        "has the rows of the longest case throughout"
+        "SDPA, eager: torch.compile is not used, as `generate` compiles on accelerators only; "
+        "the cache has the rows of the longest case throughout"
     )
 
     def _new_cache(self) -> Any:

@@ -85,6 +85,7 @@ def bench(
     With --suite, measure this toolkit beside its peers instead.
     """
     from dllava_export.bench import BenchSettings, run_bench
+    from dllava_export.output_files import write_text
 
     progress = ctx.obj["progress"]
     if suite:
@@ -107,7 +108,7 @@ def bench(
     report = run_bench(bundle, settings, progress=progress)
     click.echo(report.to_text())
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(report.to_json(), indent=2) + "\n")
         click.echo(f"Wrote {json_file}")
 
 

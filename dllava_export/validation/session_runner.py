@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ __all__ = ["ConversationRunner", "SessionRunner"]
 Outputs = dict[str, np.ndarray]
 
 
-class ConversationRunner(BaseRunner):
+class ConversationRunner(BaseRunner, abc.ABC):
     """What all runners of conversations share: named inputs, timing.
 
     Args:
@@ -54,9 +55,9 @@ class ConversationRunner(BaseRunner):
         self.inference_time = time.perf_counter() - start
         return collections.OrderedDict(found)
 
+    @abc.abstractmethod
     def converse(self, feed: Mapping[str, np.ndarray]) -> Outputs:
         """Return all outputs of a conversation by name."""
-        raise NotImplementedError
 
 
 class SessionRunner(ConversationRunner):

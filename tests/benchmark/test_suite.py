@@ -85,7 +85,7 @@ def test_subjects_take_turns():
             return 1e-3
 
     measure({SPARSE: Noted(SPARSE), DENSE: Noted(DENSE)})
-    assert order == [SPARSE, DENSE, SPARSE, DENSE]
+    assert order == [SPARSE, DENSE, DENSE, SPARSE]
 
 
 def test_peer_that_fails_is_left_out_and_the_others_go_on():

@@ -1,0 +1,187 @@
+"""Compute query, key and value as one product, for ONNX Runtime's CPU provider.
+
+Before:  query = FusedMatMul(x, Wq) ► RotaryEmbedding;  key = FusedMatMul(x, Wk) ►
+         RotaryEmbedding;  value = FusedMatMul(x, Wv);  GroupQueryAttention(query, key, value)
+After:   FusedMatMul(x, Concat(Wq, Wk, Wv)) ► RotaryEmbedding ► GroupQueryAttention(packed)
+
+ONNX Runtime folds the Concat when it loads the model. The rotation runs over heads as if they
+were rows; where a row is a head of values its cosine is 1 and its sine 0.
+
+Requires  GroupQueryAttention, that is `LowerForOnnxRuntimePass`.
+Ensures   no attention is left that could be packed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from dllava_export.errors import PostconditionError
+from dllava_export.passes.base import Pass
+from dllava_export.passes.graph_builder import GraphBuilder, Shape
+from dllava_export.passes.patterns import producer, producer_of
+
+__all__ = ["PackProjectionsPass"]
+
+_Tables = dict[tuple[int, int, int, int], tuple[gs.Variable, gs.Variable]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackProjectionsPass(Pass):
+    """Pack the three projections of every float32 attention."""
+
+    def apply(self, graph: gs.Graph) -> bool:
+        """Pack every match; return True where there was one."""
+        matches = [m for node in graph.nodes if (m := _match(node)) is not None]
+        tables: _Tables = {}
+        for number, match in enumerate(matches):
+            _pack(GraphBuilder(graph, f"packed.{number}"), match, tables)
+        return bool(matches)
+
+    def ensures(self, graph: gs.Graph) -> None:
+        """No match may be left."""
+        for node in graph.nodes:
+            if _match(node) is not None:
+                raise PostconditionError(f"The projections of {node.name!r} were not packed.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Match:
+    attention: gs.Node
+    x: gs.Tensor
+    weights: tuple[gs.Constant, ...]
+    cosine: gs.Tensor
+    sine: gs.Tensor
+
+    @property
+    def num_rotated(self) -> int:
+        """Heads of queries and keys."""
+        return self.attention.attrs["num_heads"] + self.attention.attrs["kv_num_heads"]
+
+    @property
+    def num_heads(self) -> int:
+        """All heads, those of values too."""
+        return self.num_rotated + self.attention.attrs["kv_num_heads"]
+
+    @property
+    def width(self) -> int:
+        """Of the packed product."""
+        return sum(weight.shape[0] for weight in self.weights)
+
+
+def _match(attention: gs.Node) -> _Match | None:
+    """Match from the attention op upwards."""
+    if attention.op != "GroupQueryAttention" or attention.attrs.get("do_rotary", 0):
+        return None
+    query, key, value = attention.inputs[:3]
+    rotations = [producer_of(tensor, "RotaryEmbedding") for tensor in (query, key)]
+    if any(rotation is None or not _is_plain(rotation) for rotation in rotations):
+        return None
+    tables = rotations[0].inputs[1:3]
+    if any(a is not b for a, b in zip(tables, rotations[1].inputs[1:3], strict=True)):
+        return None
+    projections = [
+        _projection(tensor) for tensor in (*(r.inputs[0] for r in rotations), value)
+    ]
+    if any(found is None for found in projections):
+        return None
+    inputs, weights = zip(*projections, strict=True)
+    if any(x is not inputs[0] for x in inputs):
+        return None
+    return _Match(attention, inputs[0], weights, *tables)
+
+
+def _is_plain(rotation: gs.Node) -> bool:
+    """True for a rotation of whole heads, in halves, by tables that have a row per token."""
+    if rotation.attrs.get("interleaved", 0) or rotation.attrs.get("rotary_embedding_dim", 0):
+        return False
+    return len(rotation.inputs) == 3
+
+
+def _projection(tensor: gs.Tensor) -> tuple[gs.Tensor, gs.Constant] | None:
+    """Return what a float32 product by a stored weight multiplies."""
+    product = producer(tensor)
+    if product is None or product.op != "FusedMatMul" or product.attrs != {"transB": 1}:
+        return None
+    x, weight = product.inputs
+    is_weight = isinstance(weight, gs.Constant) and weight.dtype == np.float32
+    # What else reads the projection would still need it on its own.
+    return (x, weight) if is_weight and len(tensor.outputs) == 1 else None
+
+
+def _pack(builder: GraphBuilder, match: _Match, tables: _Tables) -> None:
+    batch, rows = match.cosine.shape[:2]
+    weight = builder.op(
+        "Concat",
+        list(match.weights),
+        "weight",
+        np.float32,
+        [match.width, match.weights[0].shape[1]],
+        axis=0,
+    )
+    packed_shape = [batch, rows, match.width]
+    product = builder.op(
+        "FusedMatMul",
+        [match.x, weight],
+        "projected",
+        np.float32,
+        packed_shape,
+        domain="com.microsoft",
+        transB=1,
+    )
+    head_dim = match.width // match.num_heads
+    heads_shape = [batch, None, head_dim]
+    heads = _reshape(builder, product, [0, -1, head_dim], "heads", heads_shape)
+    turned = builder.op(
+        "RotaryEmbedding",
+        [heads, *_packed_tables(builder, match, tables)],
+        "rotated",
+        np.float32,
+        heads_shape,
+        num_heads=1,
+    )
+    packed = _reshape(builder, turned, [0, -1, match.width], "packed", packed_shape)
+    nothing = [gs.Variable.empty(), gs.Variable.empty()]
+    match.attention.inputs = [packed, *nothing, *match.attention.inputs[3:]]
+
+
+def _packed_tables(
+    builder: GraphBuilder, match: _Match, tables: _Tables
+) -> tuple[gs.Variable, gs.Variable]:
+    """Return tables with a row per head, shared by the layers that share the given ones."""
+    key = id(match.cosine), id(match.sine), match.num_rotated, match.num_heads
+    if key not in tables:
+        is_rotated = np.arange(match.num_heads) < match.num_rotated
+        mask = builder.constant("is_rotated", is_rotated[None, None, :, None], bool)
+        tables[key] = (
+            _packed_table(builder.scoped("cosine"), match.cosine, mask, 1.0),
+            _packed_table(builder.scoped("sine"), match.sine, mask, 0.0),
+        )
+    return tables[key]
+
+
+def _packed_table(
+    builder: GraphBuilder, table: gs.Tensor, mask: gs.Constant, value: float
+) -> gs.Variable:
+    """Repeat the rows of a table for all heads; those of values get `value`."""
+    batch, rows, half = table.shape
+    num_heads = mask.shape[2]
+    column = builder.op(
+        "Unsqueeze",
+        [table, builder.ints(2)],
+        "column",
+        np.float32,
+        [batch, rows, 1, half],
+    )
+    inputs = [mask, column, builder.scalar(value, np.float32)]
+    shape = [batch, rows, num_heads, half]
+    filled = builder.op("Where", inputs, "filled", np.float32, shape)
+    return _reshape(builder, filled, [0, -1, half], "table", [batch, None, half])
+
+
+def _reshape(
+    builder: GraphBuilder, value: gs.Tensor, target: list[int], what: str, shape: Shape
+) -> gs.Variable:
+    return builder.op("Reshape", [value, builder.ints(*target)], what, np.float32, shape)
