@@ -217,7 +217,9 @@ class EmbeddingTable:
             raise BundleError(
                 f"{path} {found}, expected token embeddings up to byte {end}. Export again."
             )
-        self.rows = np.memmap(path, dtype, "r", reference["offset"], (vocab_size, hidden_size))
+        shape = vocab_size, hidden_size
+        # A plain array over the mapping: np.memmap does work of its own at every lookup.
+        self.rows = np.asarray(np.memmap(path, dtype, "r", reference["offset"], shape))
 
     def lookup(self, ids: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
         """Return the embeddings of token ids.
@@ -239,7 +241,7 @@ class EmbeddingTable:
                 f"{outside.size} token ids are outside the vocabulary, the first is "
                 f"{outside[0]}; expected 0..{len(self.rows) - 1}. Use this bundle's tokenizer."
             )
-        return np.array(self.rows[ids], dtype=dtype or self.rows.dtype)
+        return self.rows[ids].astype(dtype or self.rows.dtype, copy=False)
 
 
 def write_safetensors(

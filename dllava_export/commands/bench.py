@@ -62,8 +62,8 @@ _SUITE_FOLDER = Path("docs/benchmarks")
     "--suite",
     is_flag=True,
     help="Instead of a BUNDLE, measure models of random weights at two geometries, beside "
-    "transformers, onnxruntime-genai and llama.cpp where they are installed. Takes about 20 "
-    "minutes on two cores, 16 GiB of memory and 10 GiB of temporary files.",
+    "transformers, onnxruntime-genai and llama.cpp where they are installed. Takes about half "
+    "an hour on two cores, 18 GiB of memory and 7 GiB of temporary files.",
 )
 @click.option(
     "--out",
