@@ -241,7 +241,7 @@ class EmbeddingTable:
                 f"{outside.size} token ids are outside the vocabulary, the first is "
                 f"{outside[0]}; expected 0..{len(self.rows) - 1}. Use this bundle's tokenizer."
             )
-        return self.rows[ids].astype(dtype or self.rows.dtype, copy=False)
+        return np.take(self.rows, ids, axis=0).astype(dtype or self.rows.dtype, copy=False)
 
 
 def write_safetensors(

@@ -21,6 +21,7 @@ from dllava_export.passes.patterns import producer_of
 __all__ = ["FuseResidualNormPass"]
 
 _RANK = 3  # the op takes [batch, rows, hidden_size]
+_DEFAULT_EPSILON = 1e-5  # of RMSNormalization; that of the other op is smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,12 @@ class FuseResidualNormPass(Pass):
 
     def apply(self, graph: gs.Graph) -> bool:
         """Fuse every match; return True where there was one."""
-        matches = [(node, add) for node in graph.nodes if (add := _match(node)) is not None]
-        for norm, add in matches:
+        is_modified = False
+        for norm in graph.nodes:
+            add = _match(norm)
+            if add is None:  # or another norm of the same sum came first
+                continue
+            is_modified = True
             (total,) = add.outputs
             add.outputs.clear()
             norm.op, norm.domain = "SkipSimplifiedLayerNormalization", "com.microsoft"
@@ -42,8 +47,8 @@ class FuseResidualNormPass(Pass):
                 gs.Variable.empty(),
                 total,
             ]
-            norm.attrs = {"epsilon": norm.attrs["epsilon"]}
-        return bool(matches)
+            norm.attrs = {"epsilon": norm.attrs.get("epsilon", _DEFAULT_EPSILON)}
+        return is_modified
 
     def ensures(self, graph: gs.Graph) -> None:
         """No match may be left."""
@@ -60,5 +65,7 @@ def _match(node: gs.Node) -> gs.Node | None:
     if add is None or node.inputs[0].dtype != np.float32:
         return None
     first, second = (tensor.shape for tensor in add.inputs)
-    # Nothing may be broadcast.
-    return add if first is not None and len(first) == _RANK and first == second else None
+    weight = node.inputs[1].shape
+    # Nothing may be broadcast but the weight, over the last axis.
+    is_plain = first is not None and len(first) == _RANK and first == second
+    return add if is_plain and weight is not None and len(weight) == 1 else None

@@ -25,6 +25,8 @@ from dllava_export.passes.patterns import producer, producer_of
 
 __all__ = ["PackProjectionsPass"]
 
+_TABLE_RANK = 3  # [batch, rows, head_dim / 2]
+
 _Tables = dict[tuple[int, int, int, int], tuple[gs.Variable, gs.Variable]]
 
 
@@ -81,6 +83,8 @@ def _match(attention: gs.Node) -> _Match | None:
         return None
     tables = rotations[0].inputs[1:3]
     if any(a is not b for a, b in zip(tables, rotations[1].inputs[1:3], strict=True)):
+        return None
+    if any(table.shape is None or len(table.shape) != _TABLE_RANK for table in tables):
         return None
     projections = [
         _projection(tensor) for tensor in (*(r.inputs[0] for r in rotations), value)

@@ -49,7 +49,7 @@ class BundleSubject(abc.ABC):
 
 
 class SessionSubject(BundleSubject):
-    """A bundle in ONNX Runtime, sparse or in its dense form."""
+    """A bundle in ONNX Runtime, sparse or in its dense form, or its engines."""
 
     def __init__(self, folder: Path, settings: BenchSettings, sparsity: Sparsity) -> None:
         self.settings = settings

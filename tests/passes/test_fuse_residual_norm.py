@@ -43,7 +43,23 @@ def test_computes_the_same() -> None:
         helpers.assert_close(after[name], before[name])
 
 
-def test_every_sum_but_that_before_a_gather_is_fused_in_a_decoder() -> None:
+def test_epsilon_may_be_left_to_its_default() -> None:
+    bare = model("m = Add (x, b) y = RMSNormalization (m, w) z = Relu (m)")
+    after = helpers.apply(bare, FuseResidualNormPass())
+    helpers.assert_same_graph(after, fused())
+
+
+def test_two_norms_of_one_sum_share_it() -> None:
+    twice = model(f"m = Add (x, b) y = {NORM} (m, w) z = {NORM} (m, w)")
+    after = helpers.apply(twice, FuseResidualNormPass())
+    ops = [node.op_type for node in after.graph.node]
+    assert sorted(ops) == ["RMSNormalization", "SkipSimplifiedLayerNormalization"]
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.normal(size=(2, 3, 8)).astype(np.float32) for name in "xb"}
+    helpers.assert_close(helpers.run(after, feeds)["z"], helpers.run(twice, feeds)["z"])
+
+
+def test_every_sum_that_a_norm_reads_is_fused_in_a_decoder() -> None:
     after = helpers.apply(helpers.dense_decoder(2), FuseResidualNormPass())
     ops = [node.op_type for node in after.graph.node]
     # Of 5 norms only the first reads no sum: the embeddings enter there.
