@@ -11,7 +11,7 @@ import numpy as np
 from dllava_export import bundle, names
 from dllava_export.backend import StepInputs, StepOutputs
 from dllava_export.errors import BackendError
-from dllava_export.kv_plan import KVPlan
+from dllava_export.kv_plan import SPARE_ROWS, KVPlan
 from dllava_export.ort_buffers import BoundRun, CacheBuffer, numpy_type
 from dllava_export.ort_providers import check_provider, execution_providers, log_nodes_on_cpu
 
@@ -37,6 +37,13 @@ class OrtBackend:
         provider: `cpu`, or `cuda` for an NVIDIA GPU.
         num_threads: Threads of ONNX Runtime; its own default where None.
         decoder: A portable decoder over the bundle's weights, instead of the bundle's own.
+        max_length: Tokens that a sample's cache may hold, prompt and answer together; the
+            model's `max_position_embeddings` where None.
+
+    Attributes:
+        name: As `load` takes it.
+        plan: The cache buffers in use; None before the first prompt.
+        max_length: As above.
 
     Raises:
         BackendError: If ONNX Runtime is missing, lacks the provider, or cannot run the graphs.
@@ -52,6 +59,7 @@ class OrtBackend:
         provider: str = "cpu",
         num_threads: int | None = None,
         decoder: onnx.ModelProto | None = None,
+        max_length: int | None = None,
     ) -> None:
         if manifest.precision == "bf16" and provider == "cpu":
             raise BackendError(
@@ -68,6 +76,9 @@ class OrtBackend:
         self._manifest = manifest
         self._provider = provider
         self._num_threads = num_threads
+        self.max_length = (
+            manifest.max_position_embeddings if max_length is None else max_length
+        )
         self._decoder = self._open_decoder(decoder or bundle.DECODER)
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._caches: dict[str, CacheBuffer] = {}
@@ -169,19 +180,25 @@ class OrtBackend:
     def _open_decoder(self, source: str | onnx.ModelProto) -> ort.InferenceSession:
         folder = self._folder / bundle.LLM_FOLDER
         model = lowered_model(
-            folder / source if isinstance(source, str) else source, provider=self._provider
+            folder / source if isinstance(source, str) else source,
+            provider=self._provider,
+            num_positions=self.max_length + SPARE_ROWS,
         )
         return open_session(
             model, folder=folder, provider=self._provider, num_threads=self._num_threads
         )
 
 
-def lowered_model(source: Path | onnx.ModelProto, *, provider: str = "cpu") -> onnx.ModelProto:
+def lowered_model(
+    source: Path | onnx.ModelProto, *, provider: str = "cpu", num_positions: int | None = None
+) -> onnx.ModelProto:
     """Return a portable decoder in ONNX Runtime's form; weights stay external.
 
     Args:
         source: The decoder, or its file.
         provider: `cpu` or `cuda`: their kernels take different types.
+        num_positions: Rows that a cache may have at most, if every token's position is its row
+            in the full caches.
     """
     import onnx
 
@@ -191,7 +208,7 @@ def lowered_model(source: Path | onnx.ModelProto, *, provider: str = "cpu") -> o
     if isinstance(source, Path):
         source = onnx.load(source, load_external_data=False)
     graph = graph_from_model(source)
-    run_passes(graph, lowering_passes(provider))
+    run_passes(graph, lowering_passes(provider, num_positions=num_positions))
     return model_from_graph(graph)
 
 
@@ -241,5 +258,6 @@ def open_session(
 
 
 def _step_outputs(values: dict[str, np.ndarray]) -> StepOutputs:
-    logits = values[names.LOGITS].astype(np.float32, copy=False)
-    return StepOutputs(**{**values, names.LOGITS: logits})
+    if values[names.LOGITS].dtype != np.float32:
+        values[names.LOGITS] = values[names.LOGITS].astype(np.float32)
+    return StepOutputs(**values)

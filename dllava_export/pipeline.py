@@ -76,17 +76,26 @@ def recompute_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> li
     return steps
 
 
-def lowering_passes(provider: str = "cpu") -> list[Pass]:
-    """Return what fits a portable graph to ONNX Runtime; see `LowerForOnnxRuntimePass`."""
+def lowering_passes(provider: str = "cpu", *, num_positions: int | None = None) -> list[Pass]:
+    """Return what fits a portable graph to ONNX Runtime.
+
+    Args:
+        provider: See `LowerForOnnxRuntimePass`.
+        num_positions: Rows that a cache may have at most, if positions are rows of the full
+            caches; see `RotateInAttentionPass`, which runs only where this is given.
+    """
     from dllava_export.passes import (
         FuseResidualNormPass,
         LowerForOnnxRuntimePass,
         PackProjectionsPass,
+        RotateInAttentionPass,
     )
 
     steps: list[Pass] = [LowerForOnnxRuntimePass(provider)]
     if provider == "cpu":
         # After the lowering, whose ops they join: fewer kernels to start in a decode step.
+        if num_positions is not None:
+            steps.append(RotateInAttentionPass(num_positions))  # packing rotates what is left
         steps += [FuseResidualNormPass(), PackProjectionsPass()]
     return steps
 

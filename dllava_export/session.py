@@ -7,6 +7,7 @@ cache is, what was kept. A backend only runs graphs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+
+_ZERO, _ONE = np.zeros(1, np.int64), np.ones(1, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +134,20 @@ def load(
     manifest = bundle.read_manifest(folder, verify=verify)
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}.")
-    longest = manifest.max_position_embeddings
+    longest = manifest.max_position_embeddings if max_length is None else max_length
     if backend == OrtBackend.name:
         opened: Backend = OrtBackend(
-            folder, manifest, provider=provider or "cpu", num_threads=num_threads
+            folder,
+            manifest,
+            provider=provider or "cpu",
+            num_threads=num_threads,
+            max_length=longest,
         )
     else:
         opened = TrtBackend(folder, manifest, backend, verify=verify, cuda_graph=cuda_graph)
-        longest = min(longest, opened.max_length)
-    return Session(folder, manifest, opened, max_length if max_length is not None else longest)
+        if max_length is None:
+            longest = min(longest, opened.max_length)
+    return Session(folder, manifest, opened, longest)
 
 
 def check_image_choice(manifest: bundle.Manifest, image: str | None) -> str | None:
@@ -290,48 +298,47 @@ class Session:
             InvalidInputError: If there is no cache yet, `token_ids` or `active` is not one for
                 each sample, or an id is not in the vocabulary.
         """
+        # Every line here runs with the processor's caches emptied by the step before, where a
+        # call into NumPy takes some 10 microseconds: hence few calls, and constants made once.
+        plan = self.kv_plan
         ids = np.asarray(token_ids, np.int64)
-        batch = self.kv_plan.batch
-        if ids.shape != (batch,):
+        if ids.shape != (plan.batch,):
             raise InvalidInputError(
-                f"decode got token ids of shape {ids.shape}, expected ({batch},): one for each "
-                "sample of the last prefill."
+                f"decode got token ids of shape {ids.shape}, expected ({plan.batch},): one for "
+                "each sample of the last prefill."
             )
-        is_active = np.ones(batch, bool) if active is None else np.array(active, bool)
-        if is_active.shape != (batch,):
-            raise InvalidInputError(
-                f"active has shape {is_active.shape}, expected ({batch},): one for each sample."
+        fed = _all_samples(plan.batch) if active is None else _some_samples(active, plan.batch)
+        if max(self._full.tolist()) >= self._room:
+            self._check_room(fed.is_active)
+        before = self._sparse
+        outputs = self._backend.decode(
+            StepInputs(
+                inputs_embeds=self._reader.lookup(ids)[:, None],
+                position_ids=self._full[:, None],
+                token_kind=fed.token_kind,
+                num_kept=_ONE,
+                kept_lengths=fed.num_rows,
+                num_image_rows=_ZERO,
+                write_index_full=self._full,
+                write_index_sparse=before,
             )
-        if (is_active & self.is_full).any():
-            sample = int(np.flatnonzero(is_active & self.is_full)[0])
+        )
+        self._advance(outputs)
+        if self.manifest.sparsity.is_dense:
+            keep, forced = fed.is_active.copy(), np.zeros(plan.batch, bool)
+        else:
+            keep = self._sparse > before
+            wanted = fed.is_active if outputs.keep is None else outputs.keep & fed.is_active
+            forced = wanted & ~keep
+        return DecodeResult(outputs.logits, keep, forced, self.cache_lengths)
+
+    def _check_room(self, is_active: np.ndarray) -> None:
+        full = np.flatnonzero(is_active & self.is_full)
+        if full.size:
             raise CapacityError(
-                f"The KV cache of sample {sample} is full at {int(self._full[sample])} tokens. "
+                f"The KV cache of sample {full[0]} is full at {self._full[full[0]]} tokens. "
                 "Allow more with max_length or max_new_tokens."
             )
-        counted = is_active.astype(np.int64)
-        embeds = self._reader.lookup(ids)[:, None]
-        inputs = StepInputs(
-            inputs_embeds=embeds,
-            position_ids=self._full[:, None],
-            token_kind=(counted * names.GENERATED_TEXT)[:, None],
-            num_kept=np.ones(1, np.int64),
-            kept_lengths=counted,
-            num_image_rows=np.zeros(1, np.int64),
-            write_index_full=self._full,
-            write_index_sparse=self._sparse,
-        )
-        before = self._sparse
-        outputs = self._backend.decode(inputs)
-        self._advance(outputs)
-        stored = self._sparse > before
-        wanted = outputs.keep if outputs.keep is not None else np.ones(batch, bool)
-        is_dense = self.manifest.sparsity.is_dense
-        return DecodeResult(
-            outputs.logits,
-            is_active if is_dense else stored,
-            np.zeros(batch, bool) if is_dense else wanted & ~stored & is_active,
-            self.cache_lengths,
-        )
 
     def extend(self, input_ids: Prompts) -> PrefillResult:
         """Feed a further prompt on top of the caches; all its rows are stored.
@@ -518,6 +525,36 @@ class Session:
         next_sparse = outputs.next_write_index_sparse
         self._sparse[one] = self._full[one] if next_sparse is None else next_sparse
         return outputs.logits
+
+
+@dataclasses.dataclass(frozen=True)
+class _FedSamples:
+    """Which samples a decode step feeds a token; the others get padding and do not change.
+
+    Attributes:
+        is_active: [batch] bool.
+        num_rows: [batch] int64, rows fed: 1 or 0.
+        token_kind: [batch, 1] int64.
+    """
+
+    is_active: np.ndarray
+    num_rows: np.ndarray
+    token_kind: np.ndarray
+
+
+@functools.cache
+def _all_samples(batch: int) -> _FedSamples:
+    return _some_samples(np.ones(batch, bool), batch)
+
+
+def _some_samples(active: np.ndarray, batch: int) -> _FedSamples:
+    is_active = np.array(active, bool)
+    if is_active.shape != (batch,):
+        raise InvalidInputError(
+            f"active has shape {is_active.shape}, expected ({batch},): one for each sample."
+        )
+    num_rows = is_active.astype(np.int64)
+    return _FedSamples(is_active, num_rows, (num_rows * names.GENERATED_TEXT)[:, None])
 
 
 def _kept_image_indices(

@@ -235,13 +235,14 @@ class EmbeddingTable:
             InvalidInputError: If an id is not in [0, vocab_size).
         """
         ids = np.asarray(ids)
-        outside = ids[(ids < 0) | (ids >= len(self.rows))]
-        if outside.size:
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(self.rows):
+            outside = ids[(ids < 0) | (ids >= len(self.rows))]
             raise InvalidInputError(
                 f"{outside.size} token ids are outside the vocabulary, the first is "
                 f"{outside[0]}; expected 0..{len(self.rows) - 1}. Use this bundle's tokenizer."
             )
-        return np.take(self.rows, ids, axis=0).astype(dtype or self.rows.dtype, copy=False)
+        rows = self.rows.take(ids, axis=0)
+        return rows if dtype is None else rows.astype(dtype, copy=False)
 
 
 def write_safetensors(

@@ -63,26 +63,30 @@ class GraphBuilder:
         inputs: Sequence[gs.Tensor],
         what: str,
         dtype: npt.DTypeLike,
-        shape: Shape,
+        shape: Shape | None,
         *,
         domain: str | None = None,
         **attrs: object,
     ) -> gs.Variable:
-        """Add a node with one output and return that output."""
+        """Add a node with one output and return that output; shape None where it is unknown."""
         return self.multi_op(op, inputs, [(what, dtype, shape)], domain=domain, **attrs)[0]
 
     def multi_op(
         self,
         op: str,
         inputs: Sequence[gs.Tensor],
-        outputs: Sequence[tuple[str, npt.DTypeLike, Shape]],
+        outputs: Sequence[tuple[str, npt.DTypeLike, Shape | None]],
         *,
         domain: str | None = None,
         **attrs: object,
     ) -> list[gs.Variable]:
         """Add a node with several outputs, each given as (what, dtype, shape)."""
         results = [
-            gs.Variable(self._name(what), dtype=_element_type(dtype), shape=list(shape))
+            gs.Variable(
+                self._name(what),
+                dtype=_element_type(dtype),
+                shape=None if shape is None else list(shape),
+            )
             for what, dtype, shape in outputs
         ]
         if domain == names.DOMAIN:

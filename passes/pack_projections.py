@@ -1,11 +1,16 @@
 """Compute query, key and value as one product, for ONNX Runtime's CPU provider.
 
-Before:  query = FusedMatMul(x, Wq) ► RotaryEmbedding;  key = FusedMatMul(x, Wk) ►
-         RotaryEmbedding;  value = FusedMatMul(x, Wv);  GroupQueryAttention(query, key, value)
-After:   FusedMatMul(x, Concat(Wq, Wk, Wv)) ► RotaryEmbedding ► GroupQueryAttention(packed)
+Before:  query = FusedMatMul(x, Wq);  key = FusedMatMul(x, Wk);  value = FusedMatMul(x, Wv);
+         GroupQueryAttention(query, key, value, do_rotary=1)
+After:   FusedMatMul(x, Concat(Wq, Wk, Wv)) ► GroupQueryAttention(packed, do_rotary=1)
 
-ONNX Runtime folds the Concat when it loads the model. The rotation runs over heads as if they
-were rows; where a row is a head of values its cosine is 1 and its sine 0.
+ONNX Runtime folds the Concat when it loads the model. Where attention does not rotate:
+
+Before:  query ► RotaryEmbedding;  key ► RotaryEmbedding;  GroupQueryAttention(query, key, value)
+After:   packed ► RotaryEmbedding ► GroupQueryAttention(packed)
+
+The rotation runs over heads as if they were rows; where a row is a head of values its cosine is
+1 and its sine 0.
 
 Requires  GroupQueryAttention, that is `LowerForOnnxRuntimePass`.
 Ensures   no attention is left that could be packed.
@@ -21,11 +26,9 @@ import onnx_graphsurgeon as gs
 from dllava_export.errors import PostconditionError
 from dllava_export.passes.base import Pass
 from dllava_export.passes.graph_builder import GraphBuilder, Shape
-from dllava_export.passes.patterns import producer, producer_of
+from dllava_export.passes.patterns import producer, rotations
 
 __all__ = ["PackProjectionsPass"]
-
-_TABLE_RANK = 3  # [batch, rows, head_dim / 2]
 
 _Tables = dict[tuple[int, int, int, int], tuple[gs.Variable, gs.Variable]]
 
@@ -54,8 +57,7 @@ class _Match:
     attention: gs.Node
     x: gs.Tensor
     weights: tuple[gs.Constant, ...]
-    cosine: gs.Tensor
-    sine: gs.Tensor
+    tables: tuple[gs.Tensor, gs.Tensor] | None
 
     @property
     def num_rotated(self) -> int:
@@ -75,33 +77,30 @@ class _Match:
 
 def _match(attention: gs.Node) -> _Match | None:
     """Match from the attention op upwards."""
-    if attention.op != "GroupQueryAttention" or attention.attrs.get("do_rotary", 0):
+    if attention.op != "GroupQueryAttention" or not _has_rank_3(attention.outputs[0]):
         return None
     query, key, value = attention.inputs[:3]
-    rotations = [producer_of(tensor, "RotaryEmbedding") for tensor in (query, key)]
-    if any(rotation is None or not _is_plain(rotation) for rotation in rotations):
-        return None
-    tables = rotations[0].inputs[1:3]
-    if any(a is not b for a, b in zip(tables, rotations[1].inputs[1:3], strict=True)):
-        return None
-    if any(table.shape is None or len(table.shape) != _TABLE_RANK for table in tables):
-        return None
-    projections = [
-        _projection(tensor) for tensor in (*(r.inputs[0] for r in rotations), value)
-    ]
+    tables = None
+    if not attention.attrs.get("do_rotary", 0):
+        found = rotations(attention)
+        if found is None:
+            return None
+        query, key = (rotation.inputs[0] for rotation in found)
+        tables = tuple(found[0].inputs[1:3])
+        if not all(_has_rank_3(table) for table in tables):
+            return None
+    projections = [_projection(tensor) for tensor in (query, key, value)]
     if any(found is None for found in projections):
         return None
     inputs, weights = zip(*projections, strict=True)
     if any(x is not inputs[0] for x in inputs):
         return None
-    return _Match(attention, inputs[0], weights, *tables)
+    return _Match(attention, inputs[0], weights, tables)
 
 
-def _is_plain(rotation: gs.Node) -> bool:
-    """True for a rotation of whole heads, in halves, by tables that have a row per token."""
-    if rotation.attrs.get("interleaved", 0) or rotation.attrs.get("rotary_embedding_dim", 0):
-        return False
-    return len(rotation.inputs) == 3
+def _has_rank_3(tensor: gs.Tensor) -> bool:
+    """True where batch and rows can be read from the tensor's shape."""
+    return tensor.shape is not None and len(tensor.shape) == 3
 
 
 def _projection(tensor: gs.Tensor) -> tuple[gs.Tensor, gs.Constant] | None:
@@ -116,7 +115,7 @@ def _projection(tensor: gs.Tensor) -> tuple[gs.Tensor, gs.Constant] | None:
 
 
 def _pack(builder: GraphBuilder, match: _Match, tables: _Tables) -> None:
-    batch, rows = match.cosine.shape[:2]
+    batch, rows, _ = match.attention.outputs[0].shape
     weight = builder.op(
         "Concat",
         list(match.weights),
@@ -125,43 +124,51 @@ def _pack(builder: GraphBuilder, match: _Match, tables: _Tables) -> None:
         [match.width, match.weights[0].shape[1]],
         axis=0,
     )
-    packed_shape = [batch, rows, match.width]
-    product = builder.op(
+    packed = builder.op(
         "FusedMatMul",
         [match.x, weight],
         "projected",
         np.float32,
-        packed_shape,
+        [batch, rows, match.width],
         domain="com.microsoft",
         transB=1,
     )
-    head_dim = match.width // match.num_heads
+    if match.tables is not None:
+        packed = _rotate(builder, packed, match, _packed_tables(builder, match, tables))
+    nothing = [gs.Variable.empty(), gs.Variable.empty()]
+    match.attention.inputs = [packed, *nothing, *match.attention.inputs[3:]]
+
+
+def _rotate(
+    builder: GraphBuilder,
+    product: gs.Variable,
+    match: _Match,
+    tables: tuple[gs.Variable, gs.Variable],
+) -> gs.Variable:
+    """Rotate heads as if they were rows."""
+    batch, rows, width = product.shape
+    head_dim = width // match.num_heads
     heads_shape = [batch, None, head_dim]
     heads = _reshape(builder, product, [0, -1, head_dim], "heads", heads_shape)
     turned = builder.op(
-        "RotaryEmbedding",
-        [heads, *_packed_tables(builder, match, tables)],
-        "rotated",
-        np.float32,
-        heads_shape,
-        num_heads=1,
+        "RotaryEmbedding", [heads, *tables], "rotated", np.float32, heads_shape, num_heads=1
     )
-    packed = _reshape(builder, turned, [0, -1, match.width], "packed", packed_shape)
-    nothing = [gs.Variable.empty(), gs.Variable.empty()]
-    match.attention.inputs = [packed, *nothing, *match.attention.inputs[3:]]
+    return _reshape(builder, turned, [0, -1, width], "packed", [batch, rows, width])
 
 
 def _packed_tables(
     builder: GraphBuilder, match: _Match, tables: _Tables
 ) -> tuple[gs.Variable, gs.Variable]:
     """Return tables with a row per head, shared by the layers that share the given ones."""
-    key = id(match.cosine), id(match.sine), match.num_rotated, match.num_heads
+    assert match.tables is not None
+    cosine, sine = match.tables
+    key = id(cosine), id(sine), match.num_rotated, match.num_heads
     if key not in tables:
         is_rotated = np.arange(match.num_heads) < match.num_rotated
         mask = builder.constant("is_rotated", is_rotated[None, None, :, None], bool)
         tables[key] = (
-            _packed_table(builder.scoped("cosine"), match.cosine, mask, 1.0),
-            _packed_table(builder.scoped("sine"), match.sine, mask, 0.0),
+            _packed_table(builder.scoped("cosine"), cosine, mask, 1.0),
+            _packed_table(builder.scoped("sine"), sine, mask, 0.0),
         )
     return tables[key]
 

@@ -12,6 +12,7 @@ __all__ = [
     "is_transpose",
     "producer",
     "producer_of",
+    "rotations",
     "scalar_value",
     "unordered_inputs",
 ]
@@ -26,6 +27,24 @@ def producer_of(tensor: gs.Tensor, *ops: str) -> gs.Node | None:
     """Return the producer where it is one of the named standard ops, else None."""
     node = producer(tensor)
     return node if node is not None and node.op in ops and not node.domain else None
+
+
+def rotations(attention: gs.Node) -> tuple[gs.Node, gs.Node] | None:
+    """Return the rotary embeddings of an attention's queries and keys.
+
+    None unless both rotate whole heads, in halves, by the same tables with a row per token.
+    """
+    query, key = (producer_of(tensor, "RotaryEmbedding") for tensor in attention.inputs[:2])
+    if query is None or key is None or not (_is_plain(query) and _is_plain(key)):
+        return None
+    tables = zip(query.inputs[1:3], key.inputs[1:3], strict=True)
+    return (query, key) if all(a is b for a, b in tables) else None
+
+
+def _is_plain(rotation: gs.Node) -> bool:
+    if rotation.attrs.get("interleaved", 0) or rotation.attrs.get("rotary_embedding_dim", 0):
+        return False
+    return len(rotation.inputs) == 3
 
 
 def constant_values(tensor: gs.Tensor) -> np.ndarray | None:

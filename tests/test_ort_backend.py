@@ -119,6 +119,30 @@ def test_lowering_leaves_weights_outside(opened):
     assert lowered_model(path).ByteSize() < path.stat().st_size + 4096
 
 
+def rotating_layers(model):
+    """Return the layers whose attention rotates, and those whose does not."""
+    found = {True: [], False: []}
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            attributes = {attribute.name: attribute.i for attribute in node.attribute}
+            layer = int(node.input[3].split(".")[1])
+            found[bool(attributes.get("do_rotary", 0))].append(layer)
+    return found[True], found[False]
+
+
+def test_attention_rotates_in_layers_of_the_full_caches(opened):
+    path = opened[0] / "llm" / bundle.DECODER
+    assert rotating_layers(lowered_model(path, num_positions=20)) == ([0, 1], [2, 3])
+    assert rotating_layers(lowered_model(path)) == ([], [0, 1, 2, 3])
+
+
+def test_refuses_more_rows_than_max_length(opened):
+    backend = OrtBackend(*opened, num_threads=1, max_length=3)
+    backend.allocate(PLAN)
+    with pytest.raises(BackendError, match="cos_cache"):
+        backend.run(prompt_step())
+
+
 def ops_for(folder, provider):
     model = lowered_model(folder / "llm" / bundle.DECODER, provider=provider)
     return collections.Counter(node.op_type for node in model.graph.node)

@@ -209,6 +209,15 @@ def test_max_length_is_the_model_s_by_default(bundles):
     assert bundles.session("mha").max_length == 512
 
 
+def test_positions_may_exceed_the_model_s(bundles):
+    session = bundles.fresh_session("mha", max_length=600, output_text_keep_rate=1.0)
+    ids = random_tokens(560)[:, 0]
+    session.prefill([ids[:540]])
+    for token in ids[540:]:
+        step = session.decode([token])
+    assert_close(step.logits, session.recompute([ids]).logits)
+
+
 # Further prompts.
 
 

@@ -41,16 +41,34 @@ PACKED = f"""
     y, present_key, present_value = {ATTENTION}
         (packed, , , past_key, past_value, seqlens, total)
 """
+TABLES = "float[9, 4] cos_table, float[9, 4] sin_table"
+ROTATES = ATTENTION.replace("<", "<do_rotary = 1, ")
+ROTATING = {
+    "query rotation": "",
+    "key rotation": "",
+    "attention": f"y, present_key, present_value = {ROTATES} "
+    "(q, k, v, past_key, past_value, seqlens, total, cos_table, sin_table)",
+}
+ROTATING_PACKED = f"""
+    w = Concat <axis = 0> (wq, wk, wv)
+    packed = com.microsoft.FusedMatMul <transB = 1> (x, w)
+    y, present_key, present_value = {ROTATES}
+        (packed, , , past_key, past_value, seqlens, total, cos_table, sin_table)
+"""
 PACKED_CONSTANTS = """<int64[1] axis_2 = {2}, int64[3] to_heads = {0, -1, 8},
     int64[3] to_table = {0, -1, 4}, int64[3] to_packed = {0, -1, 32},
     bool[1, 1, 4, 1] is_rotated = {1, 1, 1, 0}, float f_one = {1.0}, float f_zero = {0.0}>"""
 
 
-def model(outputs: str = OUTPUTS, **parts: str) -> onnx.ModelProto:
+def model(outputs: str = OUTPUTS, *, inputs: str = INPUTS, **parts: str) -> onnx.ModelProto:
     """Return one attention; parts are replaced, `_` for a space in their names."""
     changed = {name.replace("_", " "): text for name, text in parts.items()}
     nodes = " ".join((PARTS | changed).values())
-    return helpers.model_from_text(f"({INPUTS}) => ({outputs}) {{ {nodes} }}", WEIGHTS)
+    return helpers.model_from_text(f"({inputs}) => ({outputs}) {{ {nodes} }}", WEIGHTS)
+
+
+def rotating() -> onnx.ModelProto:
+    return model(inputs=f"{INPUTS}, {TABLES}", **ROTATING)
 
 
 def packed() -> onnx.ModelProto:
@@ -76,6 +94,13 @@ def feeds(num_rows: int, num_cached: int) -> dict[str, np.ndarray]:
 def test_three_products_become_one() -> None:
     text = f"({INPUTS}) => ({OUTPUTS}) {PACKED_CONSTANTS} {{ {PACKED} }}"
     helpers.assert_same_graph(packed(), helpers.model_from_text(text, WEIGHTS))
+
+
+def test_attention_that_rotates_needs_no_rotation_before_it() -> None:
+    text = f"({INPUTS}, {TABLES}) => ({OUTPUTS}) {{ {ROTATING_PACKED} }}"
+    after = helpers.apply(rotating(), PackProjectionsPass())
+    helpers.assert_same_graph(after, helpers.model_from_text(text, WEIGHTS))
+    helpers.assert_changes_nothing(after, PackProjectionsPass())
 
 
 @pytest.mark.parametrize(("num_rows", "num_cached"), [(5, 0), (1, 6)])
@@ -127,6 +152,19 @@ def test_layers_share_the_tables() -> None:
         pytest.param(
             {"key_rotation": PARTS["key rotation"].replace("ved = 0", "ved = 1")},
             id="interleaved",
+        ),
+        pytest.param(
+            {
+                part.replace(" ", "_"): PARTS[part].replace("cos, sin", "c, s") + more
+                for part, more in (
+                    (
+                        "query rotation",
+                        " c = com.microsoft.Any (cos) s = com.microsoft.Any (sin)",
+                    ),
+                    ("key rotation", ""),
+                )
+            },
+            id="tables of unknown shape",
         ),
     ],
 )
