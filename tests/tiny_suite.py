@@ -17,6 +17,7 @@ TINY = SuiteGeometry(
     predictor_width=16,
     predictor_heads=2,
     cases=(SuiteCase(1, 2, 2), SuiteCase(2, 1, 1)),
+    num_starts=1,
 )
 SETTINGS = SuiteSettings(
     geometries=(TINY,),

@@ -103,7 +103,10 @@ def _geometry_parts(result: GeometryResult, report: SuiteReport) -> list[str]:
     ]
     for case, plan in zip(result.cases, result.geometry.cases, strict=True):
         title = f"### Batch {case.batch_size}"
-        rounds = f"{plan.prefill_rounds} prefill and {plan.decode_rounds} decode rounds; ms."
+        rounds = (
+            f"Processes started {result.geometry.num_starts} times, each time "
+            f"{plan.prefill_rounds} prefill and {plan.decode_rounds} decode rounds; ms."
+        )
         parts += [title, rounds, _times_table(case)]
         for base in (SPARSE, DENSE):
             parts += [f"Times as long as `{_title(base)}`:", _ratio_table(case, base)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dllava_export.benchmark.geometries import SuiteGeometry, SuiteSettings
@@ -58,6 +58,15 @@ class SubjectTimes:
     logit_difference: float | None = None
     memory: dict[str, Memory] = dataclasses.field(default_factory=dict)
 
+    def add(self, other: SubjectTimes) -> None:
+        """Append the rounds of another start; the memory is that of the last one."""
+        self.prefill_ms += other.prefill_ms
+        for length, values in other.decode_ms.items():
+            self.decode_ms[length] = self.decode_ms.get(length, []) + values
+        if other.logit_difference is not None:
+            self.logit_difference = max(self.logit_difference or 0.0, other.logit_difference)
+        self.memory = other.memory
+
 
 @dataclasses.dataclass
 class CaseResult:
@@ -70,6 +79,17 @@ class CaseResult:
 
     batch_size: int
     times: dict[str, SubjectTimes]
+
+    @classmethod
+    def joined(cls, starts: Sequence[CaseResult]) -> CaseResult:
+        """Return the rounds of all starts; a subject that failed in one of them is left out."""
+        first, *others = starts
+        names = [name for name in first.times if all(name in o.times for o in others)]
+        times = {name: SubjectTimes() for name in names}
+        for start in starts:
+            for name in names:
+                times[name].add(start.times[name])
+        return cls(first.batch_size, times)
 
 
 @dataclasses.dataclass(frozen=True)

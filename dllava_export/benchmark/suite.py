@@ -1,6 +1,7 @@
 """Run the benchmark suite: every subject in a process of its own, measured in turns.
 
-    make weights ► load all subjects ► prefill in turns ► at each length: fill, decode in turns
+    make weights ► every start: load all subjects ► prefill in turns ► at each length: fill,
+    decode in turns
 
 What a subject cannot do is written down with the reason, and the others go on.
 """
@@ -11,7 +12,7 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dllava_export import resources
 from dllava_export.benchmark.geometries import SuiteCase, SuiteGeometry, SuiteSettings
 from dllava_export.benchmark.machine import describe_machine, wait_for_idle_threads
 from dllava_export.benchmark.predictor_profile import measure_predictor_share
-from dllava_export.benchmark.random_model import make_random_model
+from dllava_export.benchmark.random_model import RandomModel, make_random_model
 from dllava_export.benchmark.results import (
     CaseResult,
     GeometryResult,
@@ -85,28 +86,56 @@ def _measure_geometry(
     show("profiling the predictor")
     with resources.stage(f"{geometry.name}: profile"):
         share = run_alone(measure_predictor_share, model)
+    starts = []
+    for number in range(geometry.num_starts):
+        title = f"start {number + 1} of {geometry.num_starts}"
+        with resources.stage(f"{geometry.name}: {title}"):
+            names = [name for name in SUBJECTS if name not in left_out]
+            with _loaded(names, model, left_out, show) as workers:
+                facts = {name: worker.facts for name, worker in workers.items()}
+                loaded = {name: worker.memory() for name, worker in workers.items()}
+                starts.append(
+                    _measure_cases(geometry.cases, workers, settings, left_out, show)
+                )
+    with resources.stage(f"{geometry.name}: generating {settings.kv_length} tokens"):
+        with _loaded((SPARSE, DENSE), model, left_out, show) as workers:
+            show(f"generating {settings.kv_length} tokens")
+            sparse = _ask_sparse(workers, settings, share)
+    cases = [CaseResult.joined(parts) for parts in zip(*starts, strict=True)]
+    return GeometryResult(geometry, facts, loaded, cases, sparse, left_out)
+
+
+@contextlib.contextmanager
+def _loaded(
+    names: Iterable[str], model: RandomModel, left_out: dict[str, str], show: _Show
+) -> Iterator[dict[str, Worker]]:
+    """Start a process for each subject; all of them end with the context."""
     workers: dict[str, Worker] = {}
     try:
-        with resources.stage(f"{geometry.name}: loading"):
-            for name in SUBJECTS:
-                if name not in left_out:
-                    show(f"loading {name}")
-                    with _leaving_out(name, left_out):
-                        workers[name] = Worker(name, model)
-        facts = {name: worker.facts for name, worker in workers.items()}
-        loaded = {name: worker.memory() for name, worker in workers.items()}
-        cases = []
-        for case in geometry.cases:
-            with resources.stage(f"{geometry.name}: batch {case.batch_size}"):
-                going = {n: w for n, w in workers.items() if n not in left_out}
-                cases.append(_measure_case(case, going, settings, left_out, show))
-        show(f"generating {settings.kv_length} tokens")
-        with resources.stage(f"{geometry.name}: generating {settings.kv_length} tokens"):
-            sparse = _ask_sparse(workers, settings, share)
+        with resources.stage("loading"):
+            for name in names:
+                show(f"loading {name}")
+                with _leaving_out(name, left_out):
+                    workers[name] = Worker(name, model)
+        yield workers
     finally:
         for worker in workers.values():
             worker.close()
-    return GeometryResult(geometry, facts, loaded, cases, sparse, left_out)
+
+
+def _measure_cases(
+    cases: Iterable[SuiteCase],
+    workers: dict[str, Worker],
+    settings: SuiteSettings,
+    left_out: dict[str, str],
+    show: _Show,
+) -> list[CaseResult]:
+    results = []
+    for case in cases:
+        with resources.stage(f"batch {case.batch_size}"):
+            going = {name: w for name, w in workers.items() if name not in left_out}
+            results.append(_measure_case(case, going, settings, left_out, show))
+    return results
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from dllava_export.benchmark.results import Spread, ratio
+from dllava_export.benchmark.results import CaseResult, Spread, SubjectTimes, ratio
+from dllava_export.benchmark.worker import Memory
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,28 @@ def test_ratio_is_taken_round_by_round():
 def test_ratio_needs_the_same_rounds():
     with pytest.raises(ValueError, match="shorter"):
         ratio([1.0, 2.0], [1.0])
+
+
+def times(prefill: float, decode: float, difference: float | None) -> SubjectTimes:
+    memory = {"prefill": Memory(1, int(prefill))}
+    return SubjectTimes([prefill], {0: [decode], 512: [2 * decode]}, difference, memory)
+
+
+def test_starts_are_joined_round_by_round():
+    first = CaseResult(4, {"ours": times(1.0, 2.0, None), "peer": times(3.0, 4.0, 0.5)})
+    second = CaseResult(4, {"peer": times(5.0, 6.0, 0.25), "ours": times(7.0, 8.0, None)})
+    joined = CaseResult.joined([first, second])
+    memory = {"prefill": Memory(1, 7)}
+    assert joined.batch_size == 4
+    assert list(joined.times) == ["ours", "peer"]
+    assert joined.times["ours"] == SubjectTimes(
+        [1.0, 7.0], {0: [2.0, 8.0], 512: [4.0, 16.0]}, None, memory
+    )
+    assert joined.times["peer"].logit_difference == 0.5
+    assert first.times["ours"].prefill_ms == [1.0]
+
+
+def test_subject_that_failed_in_one_start_has_no_result():
+    whole = CaseResult(1, {"ours": times(1.0, 2.0, None), "peer": times(3.0, 4.0, None)})
+    part = CaseResult(1, {"ours": times(1.0, 2.0, None)})
+    assert list(CaseResult.joined([whole, part]).times) == ["ours"]
