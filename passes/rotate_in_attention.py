@@ -36,7 +36,8 @@ class RotateInAttentionPass(Pass):
     """Move the rotary embedding of every layer of the full cache group into its attention.
 
     Attributes:
-        num_positions: Rows of the tables; a cache may not have more.
+        num_positions: Rows of the tables, which take 4 * head_dim bytes each; no sample may
+            have more rows in its cache.
     """
 
     num_positions: int
