@@ -104,8 +104,8 @@ def _geometry_parts(result: GeometryResult, report: SuiteReport) -> list[str]:
     for case, plan in zip(result.cases, result.geometry.cases, strict=True):
         title = f"### Batch {case.batch_size}"
         rounds = (
-            f"Processes started {result.geometry.num_starts} times, each time "
-            f"{plan.prefill_rounds} prefill and {plan.decode_rounds} decode rounds; ms."
+            f"Starts of all processes: {result.geometry.num_starts}. Rounds in each: "
+            f"{plan.prefill_rounds} of prefill, {plan.decode_rounds} of decode. Times in ms."
         )
         parts += [title, rounds, _times_table(case)]
         for base in (SPARSE, DENSE):
