@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["load"]
 
 if TYPE_CHECKING:
-    from dllava_export.session import load
+    from dllava_export.runtime.loading import load
 
 
 def __getattr__(name: str) -> Any:
     # `load` needs NumPy; `import dllava_export` for its version alone should not.
     if name == "load":
-        from dllava_export.session import load
+        from dllava_export.runtime.loading import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

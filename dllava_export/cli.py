@@ -11,7 +11,6 @@ import sys
 
 import click
 
-from dllava_export import __version__
 from dllava_export.commands.bench import bench
 from dllava_export.commands.build import build
 from dllava_export.commands.doctor import doctor
@@ -24,9 +23,11 @@ from dllava_export.commands.sparsify import sparsify
 from dllava_export.commands.train_predictors import train_predictors
 from dllava_export.commands.validate import validate
 from dllava_export.commands.visualize import visualize
+from dllava_export.version import __version__
 
 # Commands import the rest inside their functions, so that --help works without torch, ONNX
 # Runtime or TensorRT, and at once.
+
 
 __all__ = ["main"]
 

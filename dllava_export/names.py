@@ -56,3 +56,12 @@ def past(layer: int, part: str) -> str:
 def present(layer: int, part: str) -> str:
     """Cache output of a layer: the same buffer as `past`, updated in place."""
     return f"present.{layer}.{part}"
+
+
+ORIGINAL_IMAGE_TOKEN_ID = -200
+
+
+IMAGE_PLACEHOLDER = "<image>"
+
+
+IMAGE_PLACEHOLDER_ID = -200

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dllava_export.passes import Pass, PredictorWeights
+    from dllava_export.passes.base import Pass
+    from dllava_export.passes.policies.predictor import PredictorWeights
     from dllava_export.sparsity import Sparsity
+
 
 __all__ = [
     "decoder_passes",
@@ -19,13 +21,11 @@ __all__ = [
 
 def normalising_passes() -> list[Pass]:
     """Bring a dense decoder, whoever traced it, into the form the other passes know."""
-    from dllava_export.passes import (
-        FuseAttentionPass,
-        FuseRMSNormPass,
-        FuseRotaryEmbeddingPass,
-        GatherLastRowPass,
-        ReplaceTokenIdsPass,
-    )
+    from dllava_export.passes.fuse_attention import FuseAttentionPass
+    from dllava_export.passes.fuse_rms_norm import FuseRMSNormPass
+    from dllava_export.passes.fuse_rotary_embedding import FuseRotaryEmbeddingPass
+    from dllava_export.passes.gather_last_row import GatherLastRowPass
+    from dllava_export.passes.replace_token_ids import ReplaceTokenIdsPass
 
     return [
         FuseRMSNormPass(),  # layers are found by their norms
@@ -38,11 +38,9 @@ def normalising_passes() -> list[Pass]:
 
 def decoder_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> list[Pass]:
     """Return what makes the decoder with a KV cache (prefill and decode)."""
-    from dllava_export.passes import (
-        InsertImageSelectionPass,
-        InsertKeepBitPass,
-        InsertKVCachePass,
-    )
+    from dllava_export.passes.insert_image_selection import InsertImageSelectionPass
+    from dllava_export.passes.insert_keep_bit import InsertKeepBitPass
+    from dllava_export.passes.insert_kv_cache import InsertKVCachePass
 
     steps = [*normalising_passes(), InsertKVCachePass()]
     if not sparsity.is_dense:
@@ -58,10 +56,8 @@ def decoder_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> list
 
 def recompute_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> list[Pass]:
     """Return what makes the decoder without a KV cache."""
-    from dllava_export.passes import (
-        InsertImageSelectionPass,
-        InsertOutputTextSelectionPass,
-    )
+    from dllava_export.passes.insert_image_selection import InsertImageSelectionPass
+    from dllava_export.passes.insert_output_text_selection import InsertOutputTextSelectionPass
 
     steps = normalising_passes()
     if not sparsity.is_dense:
@@ -84,12 +80,10 @@ def lowering_passes(provider: str = "cpu", *, num_positions: int | None = None) 
         num_positions: Rows that a cache may have at most, if positions are rows of the full
             caches; see `RotateInAttentionPass`, which runs only where this is given.
     """
-    from dllava_export.passes import (
-        FuseResidualNormPass,
-        LowerForOnnxRuntimePass,
-        PackProjectionsPass,
-        RotateInAttentionPass,
-    )
+    from dllava_export.passes.fuse_residual_norm import FuseResidualNormPass
+    from dllava_export.passes.lower_for_onnxruntime import LowerForOnnxRuntimePass
+    from dllava_export.passes.pack_projections import PackProjectionsPass
+    from dllava_export.passes.rotate_in_attention import RotateInAttentionPass
 
     steps: list[Pass] = [LowerForOnnxRuntimePass(provider)]
     if provider == "cpu":
@@ -104,7 +98,8 @@ def tensorrt_passes(
     capacity_full: int, capacity_sparse: int, plugin_ops: tuple[str, ...] = ()
 ) -> list[Pass]:
     """Return what fits a portable graph to TensorRT, and its ops to their plugins."""
-    from dllava_export.passes import LowerForPluginsPass, LowerForTensorRTPass
+    from dllava_export.passes.lower_for_plugins import LowerForPluginsPass
+    from dllava_export.passes.lower_for_tensorrt import LowerForTensorRTPass
 
     steps: list[Pass] = [LowerForTensorRTPass(capacity_full, capacity_sparse, plugin_ops)]
     if plugin_ops:

@@ -15,7 +15,7 @@ from dllava_export.passes.lower_for_onnxruntime import LowerForOnnxRuntimePass
 from dllava_export.passes.lower_for_plugins import LowerForPluginsPass
 from dllava_export.passes.lower_for_tensorrt import LowerForTensorRTPass
 from dllava_export.passes.pack_projections import PackProjectionsPass
-from dllava_export.passes.policies import PredictorWeights
+from dllava_export.passes.policies.predictor import PredictorWeights
 from dllava_export.passes.replace_token_ids import ReplaceTokenIdsPass
 from dllava_export.passes.rotate_in_attention import RotateInAttentionPass
 

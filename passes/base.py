@@ -18,6 +18,7 @@ from dllava_export.errors import DllavaExportError
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
+
 __all__ = ["Pass", "PassResult", "run_passes"]
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from dllava_export import names
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+
 __all__ = [
     "GraphBuilder",
     "Shape",

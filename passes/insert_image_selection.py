@@ -30,12 +30,9 @@ from dllava_export.passes.gather_last_row import row_lengths
 from dllava_export.passes.graph_builder import GraphBuilder, find_input
 from dllava_export.passes.insert_kv_cache import insert_next_write_index
 from dllava_export.passes.patterns import producer
-from dllava_export.passes.policies import (
-    IMAGE_POLICIES,
-    ImageRows,
-    PredictorWeights,
-    insert_image_scores,
-)
+from dllava_export.passes.policies.base import ImageRows
+from dllava_export.passes.policies.predictor import PredictorWeights
+from dllava_export.passes.policies.registry import IMAGE_POLICIES, insert_image_scores
 from dllava_export.passes.row_selection import (
     insert_row_selection,
     insert_select_tokens,

@@ -25,11 +25,8 @@ from dllava_export.passes.decoder_layers import find_decoder_layers
 from dllava_export.passes.graph_builder import GraphBuilder, find_input, find_output
 from dllava_export.passes.insert_image_selection import find_image_selection
 from dllava_export.passes.patterns import descendants, producer
-from dllava_export.passes.policies import (
-    PredictorWeights,
-    check_text_policy,
-    insert_text_decision,
-)
+from dllava_export.passes.policies.predictor import PredictorWeights
+from dllava_export.passes.policies.registry import check_text_policy, insert_text_decision
 
 __all__ = ["InsertKeepBitPass"]
 

@@ -15,12 +15,7 @@ import numpy as np
 
 from dllava_export.plugins import PLUGIN_FOLDERS
 from dllava_export.plugins.descriptor import Descriptor, TensorSpec
-from dllava_export.plugins.kernel_cases import (
-    NUMPY_DTYPES,
-    KernelCase,
-    case_work,
-    make_inputs,
-)
+from dllava_export.plugins.kernel_cases import NUMPY_DTYPES, KernelCase, case_work, make_inputs
 
 if TYPE_CHECKING:
     import torch

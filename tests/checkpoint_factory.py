@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from dllava_export.checkpoint import random_checkpoint
-from dllava_export.tensor_source import DTYPE_NAMES
+from dllava_export.checkpoints.checkpoint import random_checkpoint
+from dllava_export.checkpoints.tensor_source import DTYPE_NAMES
 
 HIDDEN, VISION_HIDDEN, VOCAB = 16, 8, 40
 

@@ -12,11 +12,13 @@ import torch
 from golden import DATA
 from word_tokenizer import save_tokenizer
 
-from dllava_export import tracing
-from dllava_export.checkpoint import Checkpoint, read_checkpoint
-from dllava_export.export import SparsityOptions, export
-from dllava_export.session import Session, load
-from dllava_export.sparsify import sparsify
+from dllava_export.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from dllava_export.exporting import tracing
+from dllava_export.exporting.exporter import export
+from dllava_export.exporting.options import SparsityOptions
+from dllava_export.exporting.sparsifier import sparsify
+from dllava_export.runtime.loading import load
+from dllava_export.runtime.session import Session
 
 
 class Bundles:

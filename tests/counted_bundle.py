@@ -8,8 +8,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from dllava_export import bundle, names
-from dllava_export.inspection import Geometry
+from dllava_export import names
+from dllava_export.bundles import layout
+from dllava_export.bundles.manifest import Manifest, write_manifest
+from dllava_export.geometry import Geometry
 from dllava_export.sparsity import Sparsity
 
 F16, INT64 = TensorProto.FLOAT16, TensorProto.INT64
@@ -97,15 +99,15 @@ def visual() -> onnx.ModelProto:
     return helper.make_model(graph)
 
 
-def make_counted_bundle(folder: Path, **changes: object) -> bundle.Manifest:
+def make_counted_bundle(folder: Path, **changes: object) -> Manifest:
     """Write the bundle; `changes` replace values of its manifest."""
-    llm, tower = folder / bundle.LLM_FOLDER, folder / bundle.VISUAL_FOLDER
+    llm, tower = folder / layout.LLM_FOLDER, folder / layout.VISUAL_FOLDER
     llm.mkdir(parents=True)
     tower.mkdir()
     predictors = helper.make_graph([], "predictors", [], [], [weight("scores", WIDE, 3)])
-    onnx.save(decoder(), llm / bundle.DECODER)
-    onnx.save(helper.make_model(predictors), llm / bundle.PREDICTORS)
-    onnx.save(visual(), tower / bundle.VISUAL)
+    onnx.save(decoder(), llm / layout.DECODER)
+    onnx.save(helper.make_model(predictors), llm / layout.PREDICTORS)
+    onnx.save(visual(), tower / layout.VISUAL)
     values = {
         "layout": "dynamic-llava",
         "precision": "fp16",
@@ -123,6 +125,6 @@ def make_counted_bundle(folder: Path, **changes: object) -> bundle.Manifest:
         "producer": {},
         "source": "nothing",
     }
-    manifest = bundle.Manifest(**{**values, **changes})
-    bundle.write_manifest(folder, manifest)
+    manifest = Manifest(**{**values, **changes})
+    write_manifest(folder, manifest)
     return manifest

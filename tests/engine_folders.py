@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dllava_export.engines.engine_config import (
+from dllava_export.backends.trt.engine_config import (
     EngineConfig,
     EngineFile,
     ProfileShapes,

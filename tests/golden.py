@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
+from places import DATA
 
 from dllava_export import names
-from dllava_export.session import DecodeResult, PrefillResult, Session
+from dllava_export.runtime.results import DecodeResult, PrefillResult
+from dllava_export.runtime.session import Session
 
 __all__ = [
     "CASES",
@@ -21,7 +22,6 @@ __all__ = [
     "unlowered_feeds",
 ]
 
-DATA = Path(__file__).parent / "data"
 CASES = {"case_1": "mha", "case_2": "mha", "case_3": "gqa", "case_5": "gqa"}
 RECOMPUTE_STEPS = (1, 7, 24)
 

@@ -9,12 +9,8 @@ import onnx.checker
 import pytest
 
 from dllava_export import names, pipeline
-from dllava_export.passes import (
-    Pass,
-    graph_from_model,
-    model_from_graph,
-    run_passes,
-)
+from dllava_export.passes.base import Pass, run_passes
+from dllava_export.passes.graph_io import graph_from_model, model_from_graph
 from dllava_export.sparsity import Sparsity
 
 SPARSITIES = [

@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from word_tokenizer import save_tokenizer
 
-from dllava_export.chat import ChatTokenizer
-from dllava_export.images import ImageProcessor
-from dllava_export.session import Session
+from dllava_export.prompts.images import ImageProcessor
+from dllava_export.prompts.tokenizer import ChatTokenizer
+from dllava_export.runtime.session import Session
 from dllava_export.sparsity import num_kept_tokens
 from dllava_export.training.data import Batch, ConversationData
 from dllava_export.training.model import TrainingModel

@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllava_export import bundle
+from dllava_export.bundles import layout
+from dllava_export.bundles.manifest import read_manifest
 from dllava_export.sparsity import Sparsity
 
 if TYPE_CHECKING:
-    from dllava_export.session import Session
+    from dllava_export.runtime.session import Session
+
 
 __all__ = ["DENSE_SPARSITY", "open_bundle", "pretend_generated"]
 
@@ -32,18 +34,18 @@ def open_bundle(folder: Path, sparsity: Sparsity, num_threads: int) -> Session:
     """
     import onnx
 
-    from dllava_export.export import transform_decoder
-    from dllava_export.ort_backend import OrtBackend
-    from dllava_export.session import Session
+    from dllava_export.backends.ort.backend import OrtBackend
+    from dllava_export.exporting.transform import transform_decoder
+    from dllava_export.runtime.session import Session
 
-    manifest = bundle.read_manifest(folder, verify=False)
+    manifest = read_manifest(folder, verify=False)
     decoder = None
     if sparsity.is_dense and not manifest.sparsity.is_dense:
-        path = folder / bundle.LLM_FOLDER / bundle.DENSE_DECODER
+        path = folder / layout.LLM_FOLDER / layout.DENSE_DECODER
         models, _ = transform_decoder(
             onnx.load(path, load_external_data=False), sparsity, None
         )
-        decoder = models[bundle.DECODER]
+        decoder = models[layout.DECODER]
         manifest = dataclasses.replace(manifest, sparsity=sparsity)
     backend = OrtBackend(folder, manifest, num_threads=num_threads, decoder=decoder)
     return Session(folder, manifest, backend, manifest.max_position_embeddings)

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dllava_export import bundle
 from dllava_export.benchmark.bundle_session import open_bundle, pretend_generated
-from dllava_export.chat import IMAGE_PLACEHOLDER_ID
-from dllava_export.session import load
+from dllava_export.bundles import layout
+from dllava_export.bundles.manifest import read_manifest
+from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.runtime.loading import load
 
 if TYPE_CHECKING:
     import onnx
 
-    from dllava_export.bench import BenchSettings
+    from dllava_export.benchmark.bench_settings import BenchSettings
     from dllava_export.sparsity import Sparsity
+
 
 __all__ = ["BundleSubject", "SessionSubject", "TorchSubject"]
 
@@ -100,7 +102,7 @@ class TorchSubject(BundleSubject):
         torch.set_num_threads(settings.num_threads)
         self.settings = settings
         self.model = _load_torch(folder)
-        manifest = bundle.read_manifest(folder, verify=False)
+        manifest = read_manifest(folder, verify=False)
         num_rows = manifest.geometry.num_image_tokens + settings.prompt_text_len
         generator = torch.Generator().manual_seed(0)
         shape = settings.batch_size, num_rows, manifest.geometry.hidden_size
@@ -158,22 +160,20 @@ def _load_torch(folder: Path) -> Any:
     import torch
     from transformers import LlamaForCausalLM
 
-    from dllava_export import checkpoint_config
+    from dllava_export.families.llama_decoder import text_config
 
-    llm = folder / bundle.LLM_FOLDER
+    llm = folder / layout.LLM_FOLDER
     config_json = json.loads((llm / "config.json").read_text(encoding="utf-8"))
-    manifest = bundle.read_manifest(folder, verify=False)
+    manifest = read_manifest(folder, verify=False)
     assert manifest.layout != "onnx"
-    config = checkpoint_config.text_config(
-        config_json, manifest.layout, manifest.geometry.num_layers
-    )
+    config = text_config(config_json, manifest.layout, manifest.geometry.num_layers)
     config._attn_implementation = "sdpa"
-    dense = onnx.load(llm / bundle.DENSE_DECODER, load_external_data=False)
+    dense = onnx.load(llm / layout.DENSE_DECODER, load_external_data=False)
     state = {}
     for tensor in dense.graph.initializer:
         if tensor.name.endswith((".weight", ".bias")):
             state[tensor.name] = torch.from_numpy(_values(tensor, llm).copy())
-    from dllava_export.weights import EmbeddingTable
+    from dllava_export.bundles.embedding import EmbeddingTable
 
     assert manifest.embedding is not None
     table = EmbeddingTable(llm, manifest.embedding).rows

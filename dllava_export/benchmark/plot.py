@@ -7,7 +7,7 @@ from typing import Any
 
 from dllava_export.benchmark.results import CaseResult, GeometryResult, Spread
 from dllava_export.benchmark.subject import DENSE, SPARSE, SUBJECTS
-from dllava_export.output_files import save_plot
+from dllava_export.reporting.output_files import save_plot
 
 __all__ = ["plot_geometry"]
 

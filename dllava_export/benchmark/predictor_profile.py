@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dllava_export import bundle
 from dllava_export.benchmark.random_model import RandomModel
 from dllava_export.benchmark.session_subject import SparseSubject
+from dllava_export.bundles import layout
 from dllava_export.errors import BackendError
 
 __all__ = ["measure_predictor_share"]
@@ -27,16 +27,16 @@ def measure_predictor_share(model: RandomModel) -> float:
     """
     import onnxruntime as ort
 
-    from dllava_export.ort_backend import lowered_model
+    from dllava_export.backends.ort.backend import lowered_model
 
     subject = SparseSubject(model)
-    llm = model.bundle / bundle.LLM_FOLDER
+    llm = model.bundle / layout.LLM_FOLDER
     options = ort.SessionOptions()
     options.intra_op_num_threads = model.settings.num_threads
     options.add_session_config_entry(_FOLDER_KEY, str(llm))
     options.enable_profiling = True
     options.profile_file_prefix = str(model.scratch / "profile")
-    lowered = lowered_model(llm / bundle.DECODER).SerializeToString()
+    lowered = lowered_model(llm / layout.DECODER).SerializeToString()
     session = ort.InferenceSession(lowered, options, providers=["CPUExecutionProvider"])
     backend: Any = subject.session._backend
     backend._decoder = session

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dllava_export import resources
 from dllava_export.benchmark.geometries import SuiteGeometry, SuiteSettings
+from dllava_export.reporting import resources
 
 if TYPE_CHECKING:
     import torch
 
-    from dllava_export.checkpoint import Checkpoint
+    from dllava_export.checkpoints.checkpoint import Checkpoint
+
 
 __all__ = ["RandomModel", "make_random_model", "random_token_ids"]
 
@@ -92,9 +93,9 @@ def make_random_model(
     Raises:
         DllavaExportError: If the sizes are impossible.
     """
-    from dllava_export.checkpoint import random_checkpoint
-    from dllava_export.checkpoint_files import read_tensors
-    from dllava_export.export import export
+    from dllava_export.checkpoints.checkpoint import random_checkpoint
+    from dllava_export.checkpoints.files import read_tensors
+    from dllava_export.exporting.exporter import export
 
     config = folder / "config.json"
     _write_json(config, _checkpoint_config(geometry, settings))
@@ -153,7 +154,7 @@ def _checkpoint_config(geometry: SuiteGeometry, settings: SuiteSettings) -> dict
 
 def _write_llama(model: RandomModel, checkpoint: Checkpoint) -> None:
     """Write configuration, weights and a tokenizer, without which some converters stop."""
-    from dllava_export.weights import write_safetensors
+    from dllava_export.exporting.weights import write_safetensors
 
     model.llama.mkdir()
     config = {
@@ -194,7 +195,7 @@ def _write_calibrated_predictor(
     import torch
     from safetensors.torch import save_file
 
-    from dllava_export.training.predictors import OutputTextPredictor, init_predictor
+    from dllava_export.families.predictor_modules import OutputTextPredictor, init_predictor
 
     assert checkpoint.sparse_config is not None  # `_checkpoint_config` has one
     predictor = OutputTextPredictor(model.geometry.hidden_size, checkpoint.sparse_config)

@@ -16,8 +16,8 @@ from dllava_export.benchmark.results import (
     ratio,
 )
 from dllava_export.benchmark.subject import DENSE, SPARSE
-from dllava_export.byte_sizes import format_bytes
-from dllava_export.output_files import write_text
+from dllava_export.reporting.byte_sizes import format_bytes
+from dllava_export.reporting.output_files import write_text
 
 __all__ = ["report_markdown", "report_summary", "write_report"]
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from dllava_export import bundle
 from dllava_export.benchmark.bundle_session import (
     DENSE_SPARSITY,
     open_bundle,
     pretend_generated,
 )
 from dllava_export.benchmark.random_model import RandomModel
-from dllava_export.chat import IMAGE_PLACEHOLDER_ID
+from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError
+from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.sparsity import Sparsity
 
 __all__ = ["DenseSubject", "SparseSubject"]
@@ -32,7 +32,7 @@ class _SessionSubject:
     def __init__(self, model: RandomModel, sparsity: Sparsity) -> None:
         import onnxruntime
 
-        from dllava_export import __version__
+        from dllava_export.version import __version__
 
         self.version = f"dllava-export {__version__}, onnxruntime {onnxruntime.__version__}"
         self.session = open_bundle(model.bundle, sparsity, model.settings.num_threads)
@@ -126,7 +126,7 @@ class SparseSubject(_SessionSubject):
     """The bundle as it is."""
 
     def __init__(self, model: RandomModel) -> None:
-        super().__init__(model, bundle.read_manifest(model.bundle, verify=False).sparsity)
+        super().__init__(model, read_manifest(model.bundle, verify=False).sparsity)
 
 
 class DenseSubject(_SessionSubject):

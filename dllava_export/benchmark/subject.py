@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+
 __all__ = ["CONVERTED", "DENSE", "REFERENCE", "SPARSE", "SUBJECTS", "Subject", "subject_class"]
 
 SPARSE, DENSE, REFERENCE = "sparse", "dense", "transformers, dynamic cache"

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from dllava_export import resources
 from dllava_export.benchmark.geometries import SuiteCase, SuiteGeometry, SuiteSettings
 from dllava_export.benchmark.machine import describe_machine, wait_for_idle_threads
 from dllava_export.benchmark.predictor_profile import measure_predictor_share
@@ -34,6 +33,7 @@ from dllava_export.benchmark.results import (
 from dllava_export.benchmark.subject import CONVERTED, DENSE, REFERENCE, SPARSE, SUBJECTS
 from dllava_export.benchmark.worker import Worker, make_files, run_alone
 from dllava_export.errors import BackendError
+from dllava_export.reporting import resources
 
 __all__ = ["run_suite"]
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from dllava_export.benchmark.random_model import RandomModel
 from dllava_export.benchmark.subject import Subject, subject_class
 from dllava_export.errors import BackendError
-from dllava_export.resources import ResourceMeter
+from dllava_export.reporting.resources import ResourceMeter
 
 __all__ = ["Memory", "SubjectFacts", "Worker", "make_files", "run_alone"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from dllava_export.backends.trt.trt_module import TENSORRT_BACKENDS
 from dllava_export.commands.command import Command
 from dllava_export.commands.options import check_folder
-from dllava_export.engines.trt_module import TENSORRT_BACKENDS
 
 __all__ = ["bench"]
 
@@ -84,8 +84,9 @@ def bench(
 
     With --suite, measure this toolkit beside its peers instead.
     """
-    from dllava_export.bench import BenchSettings, run_bench
-    from dllava_export.output_files import write_text
+    from dllava_export.benchmark.bench import run_bench
+    from dllava_export.benchmark.bench_settings import BenchSettings
+    from dllava_export.reporting.output_files import write_text
 
     progress = ctx.obj["progress"]
     if suite:

@@ -104,11 +104,11 @@ def build(
     hold the vision tower and the decoder without KV cache. They land in
     BUNDLE/engines/BACKEND with a config.json that says what they take.
     """
-    from dllava_export.bundle import read_manifest
-    from dllava_export.engines.build_engines import build_engines
-    from dllava_export.engines.build_options import BuildOptions
-    from dllava_export.engines.build_plan import plan_build
-    from dllava_export.engines.profile_shapes import ShapeOverrides, parse_shapes
+    from dllava_export.backends.trt.build.build_engines import build_engines
+    from dllava_export.backends.trt.build.build_options import BuildOptions
+    from dllava_export.backends.trt.build.build_plan import plan_build
+    from dllava_export.backends.trt.build.profile_shapes import ShapeOverrides, parse_shapes
+    from dllava_export.bundles.manifest import read_manifest
 
     texts = (min_shapes, opt_shapes, max_shapes)
     overrides = ShapeOverrides(*(parse_shapes(text) if text else {} for text in texts))

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from dllava_export.errors import DllavaExportError
-from dllava_export.resources import ResourceUsage, measure_resources
+from dllava_export.reporting.resources import ResourceUsage, measure_resources
 
 __all__ = ["Command"]
 

@@ -12,7 +12,8 @@ from dllava_export.commands.command import Command
 from dllava_export.commands.options import backend_options, check_folder
 
 if TYPE_CHECKING:
-    from dllava_export.evaluation_report import WhichAnswers
+    from dllava_export.evaluation.report import WhichAnswers
+
 
 __all__ = ["evaluate"]
 
@@ -94,9 +95,9 @@ def evaluate(
     DATA is LLaVA's JSON of conversations about images, or a question file whose records have an
     answer. An answer is right if it is the truth, letter case and white space aside.
     """
-    from dllava_export.evaluation import EvaluationSettings
-    from dllava_export.evaluation import evaluate as evaluate_bundles
-    from dllava_export.output_files import write_text
+    from dllava_export.evaluation.evaluate import evaluate as evaluate_bundles
+    from dllava_export.evaluation.settings import EvaluationSettings
+    from dllava_export.reporting.output_files import write_text
 
     report = evaluate_bundles(
         bundles,

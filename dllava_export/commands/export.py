@@ -52,9 +52,9 @@ def export(
     """
     options = sparsity_from(sparsity)
 
-    from dllava_export.checkpoint import random_checkpoint, read_checkpoint
-    from dllava_export.export import export as export_bundle
-    from dllava_export.resources import stage
+    from dllava_export.checkpoints.checkpoint import random_checkpoint, read_checkpoint
+    from dllava_export.exporting.exporter import export as export_bundle
+    from dllava_export.reporting.resources import stage
 
     read = random_checkpoint if random_weights else read_checkpoint
     with stage("reading headers"):

@@ -51,9 +51,11 @@ def inspect(
     plot: Path | None,
 ) -> None:
     """Say what BUNDLE is: passes, rows per layer, KV bytes and FLOPs, dense against sparse."""
-    from dllava_export.bundle import DECODER, read_manifest
-    from dllava_export.inspection import inspect_geometry, plot_report
-    from dllava_export.resources import stage
+    from dllava_export.bundles.layout import DECODER
+    from dllava_export.bundles.manifest import read_manifest
+    from dllava_export.cost.inspection import inspect_geometry
+    from dllava_export.cost.inspection_plot import plot_report
+    from dllava_export.reporting.resources import stage
 
     with stage("checking the bundle"):
         manifest = read_manifest(bundle)

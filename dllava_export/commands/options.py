@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from dllava_export.engines.trt_module import TENSORRT_BACKENDS
-from dllava_export.ort_providers import PROVIDERS
+from dllava_export.backends.ort.providers import PROVIDERS
+from dllava_export.backends.trt.trt_module import TENSORRT_BACKENDS
 from dllava_export.sparsity import POLICIES
 
 __all__ = [
@@ -86,7 +86,7 @@ def sparsity_from(values: dict[str, Any]) -> Any:
     Raises:
         click.UsageError: If both a rate and a number are given.
     """
-    from dllava_export.export import SparsityOptions
+    from dllava_export.exporting.options import SparsityOptions
 
     if values["image_keep_rate"] is not None and values["image_keep_tokens"] is not None:
         raise click.UsageError("Give --image-keep-rate or --image-keep-tokens, not both.")

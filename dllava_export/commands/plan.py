@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from dllava_export.byte_sizes import parse_bytes
 from dllava_export.commands.command import Command
 from dllava_export.commands.options import check_folder
+from dllava_export.reporting.byte_sizes import parse_bytes
 
 __all__ = ["plan"]
 
@@ -78,9 +78,9 @@ def plan(
 
     Nothing is run: weights and caches are exact, activations are estimated from the graphs.
     """
-    from dllava_export.output_files import check_plot_format
-    from dllava_export.planning import PlanRequest, plan_memory
-    from dllava_export.planning_plot import plot_plan
+    from dllava_export.cost.planning import PlanRequest, plan_memory
+    from dllava_export.cost.planning_plot import plot_plan
+    from dllava_export.reporting.output_files import check_plot_format
 
     if plot is not None:
         check_plot_format(plot)

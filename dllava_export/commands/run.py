@@ -64,7 +64,7 @@ def run(
     if (prompt is None) == (input_ids is None):
         raise click.UsageError("Give either --prompt or --input-ids, one of the two.")
 
-    from dllava_export.session import check_image_choice, load
+    from dllava_export.runtime.loading import check_image_choice, load
 
     session = load(bundle, backend, provider=provider, num_threads=threads)
     picture = check_image_choice(session.manifest, image)

@@ -34,7 +34,7 @@ def sparsify(
     """
     options = sparsity_from(sparsity)
 
-    from dllava_export.sparsify import sparsify as sparsify_decoder
+    from dllava_export.exporting.sparsifier import sparsify as sparsify_decoder
 
     report = sparsify_decoder(
         dense, out, options, predictors=predictors, progress=obj["progress"]

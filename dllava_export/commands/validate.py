@@ -110,7 +110,7 @@ def validate(
     A token kept by one side alone is an error, unless its score is a near-tie (--margin). What
     follows a difference in kept tokens is measured too, not judged.
     """
-    from dllava_export.output_files import check_plot_format, write_text
+    from dllava_export.reporting.output_files import check_plot_format, write_text
     from dllava_export.validation.settings import ValidationSettings
     from dllava_export.validation.validate import validate as validate_bundle
 

@@ -50,9 +50,9 @@ def visualize(
     if (prompt is None) == (input_ids is None):
         raise click.UsageError("Give either --prompt or --input-ids, one of the two.")
 
-    from dllava_export.answer_trace import trace_answer
-    from dllava_export.output_files import check_plot_format
-    from dllava_export.visualization import draw
+    from dllava_export.evaluation.answer_trace import trace_answer
+    from dllava_export.evaluation.picture import draw
+    from dllava_export.reporting.output_files import check_plot_format
 
     check_plot_format(output)
     trace = trace_answer(

@@ -21,9 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dllava_export.chat import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID, ChatTokenizer
 from dllava_export.errors import InvalidInputError
-from dllava_export.images import ImageProcessor
+from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
+from dllava_export.prompts.images import ImageProcessor
+from dllava_export.prompts.tokenizer import ChatTokenizer
 from dllava_export.training.settings import BadRecordError, TrainingError
 
 __all__ = [

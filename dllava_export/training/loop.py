@@ -13,29 +13,21 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from dllava_export.chat import ChatTokenizer
-from dllava_export.checkpoint import Checkpoint, read_checkpoint
-from dllava_export.images import ImageProcessor
+from dllava_export.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from dllava_export.prompts.images import ImageProcessor
+from dllava_export.prompts.tokenizer import ChatTokenizer
 from dllava_export.training.data import Batch, ConversationData, DataOrder, OnBadRecord
 from dllava_export.training.model import PREDICTORS, Losses, TrainingModel, build_model
 from dllava_export.training.output import CONFIG, write_checkpoint
 from dllava_export.training.plot import plot_training
-from dllava_export.training.settings import (
-    TrainingError,
-    TrainingSettings,
-    resolve_predictors,
-)
-from dllava_export.training.state import (
-    STATE_FILE,
-    checkpoint_digest,
-    load_state,
-    save_state,
-)
+from dllava_export.training.settings import TrainingError, TrainingSettings, resolve_predictors
+from dllava_export.training.state import STATE_FILE, checkpoint_digest, load_state, save_state
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from dllava_export.checkpoint_config import PredictorConfig
+    from dllava_export.geometry import PredictorConfig
+
 
 __all__ = ["StepReport", "TrainingReport", "train_predictors"]
 

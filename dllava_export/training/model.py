@@ -23,20 +23,21 @@ from torch.nn import functional
 from transformers import CLIPVisionModel, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from dllava_export.tracing import projector_module
-from dllava_export.training.data import IGNORED_LABEL, Batch
-from dllava_export.training.masked_attention import ATTENTION_NAME
-from dllava_export.training.predictors import (
+from dllava_export.exporting.tracing import projector_module
+from dllava_export.families.predictor_modules import (
     ImagePredictor,
     OutputTextPredictor,
     init_predictor,
     sample_keep_mask,
 )
+from dllava_export.training.data import IGNORED_LABEL, Batch
+from dllava_export.training.masked_attention import ATTENTION_NAME
 from dllava_export.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from dllava_export.checkpoint import Checkpoint
-    from dllava_export.checkpoint_config import PredictorConfig
+    from dllava_export.checkpoints.checkpoint import Checkpoint
+    from dllava_export.geometry import PredictorConfig
+
 
 __all__ = ["PREDICTORS", "Losses", "TrainingModel", "build_model", "canonical_name"]
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from dllava_export.checkpoint import Checkpoint
-from dllava_export.checkpoint_config import CLIP_FACTS, LLAMA_KEYS, PredictorConfig
-from dllava_export.tensor_source import DTYPE_NAMES, TensorSource, TorchSource
+from dllava_export.checkpoints.checkpoint import Checkpoint
+from dllava_export.checkpoints.tensor_source import DTYPE_NAMES, TensorSource, TorchSource
+from dllava_export.exporting.weights import write_safetensors
+from dllava_export.families.clip_tower import CLIP_FACTS
+from dllava_export.families.llama_decoder import LLAMA_KEYS
+from dllava_export.geometry import PredictorConfig
 from dllava_export.training.model import PREDICTORS, TrainingModel, canonical_name
 from dllava_export.training.settings import TrainingSettings
-from dllava_export.weights import write_safetensors
 
 __all__ = ["checkpoint_config", "official_name", "write_checkpoint"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dllava_export.checkpoint_config import PredictorConfig
-from dllava_export.output_files import save_plot
+from dllava_export.geometry import PredictorConfig
+from dllava_export.reporting.output_files import save_plot
 
 __all__ = ["plot_training"]
 

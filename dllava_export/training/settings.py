@@ -6,11 +6,12 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from dllava_export.checkpoint_config import PredictorConfig
 from dllava_export.errors import DllavaExportError
+from dllava_export.geometry import PredictorConfig
 
 if TYPE_CHECKING:
-    from dllava_export.checkpoint import Checkpoint
+    from dllava_export.checkpoints.checkpoint import Checkpoint
+
 
 __all__ = ["BadRecordError", "TrainingError", "TrainingSettings", "resolve_predictors"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dllava_export.checkpoint import Checkpoint
+from dllava_export.checkpoints.checkpoint import Checkpoint
 from dllava_export.training.settings import TrainingError
 
 __all__ = ["STATE_FILE", "checkpoint_digest", "load_state", "save_state"]

@@ -31,6 +31,7 @@ from dllava_export.validation.settings import Tolerances
 if TYPE_CHECKING:
     from dllava_export.sparsity import Sparsity
 
+
 __all__ = ["CompareConversations", "Shape"]
 
 Outputs = Mapping[str, np.ndarray]

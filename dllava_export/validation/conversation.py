@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dllava_export.chat import IMAGE_PLACEHOLDER_ID
 from dllava_export.errors import InvalidInputError
+from dllava_export.names import IMAGE_PLACEHOLDER_ID
 
 if TYPE_CHECKING:
-    from dllava_export.bundle import Manifest
-    from dllava_export.session import Session
+    from dllava_export.bundles.manifest import Manifest
+    from dllava_export.runtime.session import Session
+
 
 __all__ = [
     "IMAGE_FEATURES",

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dllava_export import bundle, names
-from dllava_export.backend import StepInputs, StepOutputs
-from dllava_export.kv_plan import KVPlan
-from dllava_export.ort_backend import open_session
-from dllava_export.ort_buffers import numpy_type
+from dllava_export import names
+from dllava_export.backends.backend import StepInputs, StepOutputs
+from dllava_export.backends.kv_plan import KVPlan
+from dllava_export.backends.ort.backend import open_session
+from dllava_export.backends.ort.buffers import numpy_type
+from dllava_export.bundles import layout
 from dllava_export.validation.marked_graphs import MarkedModel, mark_decoder
 
 if TYPE_CHECKING:
     import onnx
     import onnxruntime as ort
+
 
 __all__ = ["GraphBackend", "bundle_graphs", "dense_graphs"]
 
@@ -58,9 +60,9 @@ class GraphBackend:
         lowered: bool,
         num_threads: int | None = None,
     ) -> None:
-        self.decoder = mark_decoder(graphs[bundle.DECODER], layers=layers, lowered=lowered)
+        self.decoder = mark_decoder(graphs[layout.DECODER], layers=layers, lowered=lowered)
         self.recompute_decoder = mark_decoder(
-            graphs[bundle.RECOMPUTE], layers=layers, lowered=lowered
+            graphs[layout.RECOMPUTE], layers=layers, lowered=lowered
         )
         self._folder = folder
         self._num_threads = num_threads
@@ -71,7 +73,7 @@ class GraphBackend:
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return image features [num_images, num_image_tokens, hidden_size]."""
-        path = self._folder / bundle.VISUAL_FOLDER / bundle.VISUAL
+        path = self._folder / layout.VISUAL_FOLDER / layout.VISUAL
         session = open_session(path, num_threads=self._num_threads)
         dtype = numpy_type(session.get_inputs()[0].type)
         return session.run(None, {names.PIXEL_VALUES: pixel_values.astype(dtype)})[0]
@@ -118,7 +120,7 @@ class GraphBackend:
         return self._caches[names.past(layer, "key")], self._caches[names.past(layer, "value")]
 
     def _open(self, marked: MarkedModel) -> ort.InferenceSession:
-        llm = self._folder / bundle.LLM_FOLDER
+        llm = self._folder / layout.LLM_FOLDER
         return open_session(marked.model, folder=llm, num_threads=self._num_threads)
 
     def _run(
@@ -137,10 +139,10 @@ def bundle_graphs(folder: Path) -> dict[str, onnx.ModelProto]:
     """Return a bundle's decoders by file name; weights stay external."""
     import onnx
 
-    llm = folder / bundle.LLM_FOLDER
+    llm = folder / layout.LLM_FOLDER
     return {
         name: onnx.load(llm / name, load_external_data=False)
-        for name in (bundle.DECODER, bundle.RECOMPUTE)
+        for name in (layout.DECODER, layout.RECOMPUTE)
     }
 
 
@@ -148,10 +150,10 @@ def dense_graphs(folder: Path) -> dict[str, onnx.ModelProto]:
     """Return dense decoders, with and without a KV cache, over a bundle's weights."""
     import onnx
 
-    from dllava_export.export import transform_decoder
+    from dllava_export.exporting.transform import transform_decoder
     from dllava_export.sparsity import Sparsity
 
-    path = folder / bundle.LLM_FOLDER / bundle.DENSE_DECODER
+    path = folder / layout.LLM_FOLDER / layout.DENSE_DECODER
     dense = onnx.load(path, load_external_data=False)
     models, _ = transform_decoder(dense, Sparsity(policy="none"), None)
     return models

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_graphsurgeon as gs
 
+
 __all__ = ["MarkedModel", "mark_decoder"]
 
 _PREDICTOR_OUT = (9, 10)  # last weight and bias among PredictorHead's inputs
@@ -59,8 +60,9 @@ def mark_decoder(model: onnx.ModelProto, *, layers: bool, lowered: bool) -> Mark
     Raises:
         PreconditionError: If decoder layers are not found.
     """
-    from dllava_export.passes import graph_from_model, model_from_graph, run_passes
+    from dllava_export.passes.base import run_passes
     from dllava_export.passes.decoder_layers import find_decoder_layers
+    from dllava_export.passes.graph_io import graph_from_model, model_from_graph
     from dllava_export.passes.insert_image_selection import find_image_selection
     from dllava_export.pipeline import lowering_passes
 

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dllava_export.chat import IMAGE_PLACEHOLDER_ID
 from dllava_export.errors import InvalidInputError
+from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.training.masked_attention import masked_attention
 from dllava_export.training.model import TrainingModel, build_model
 from dllava_export.training.settings import TrainingSettings
 from dllava_export.validation.policy_scores import score_image_rows, score_text_rows
 
 if TYPE_CHECKING:
-    from dllava_export.bundle import Manifest
+    from dllava_export.bundles.manifest import Manifest
+
 
 __all__ = ["Forward", "MaskedModel", "Rows", "Selection", "load_masked_model"]
 
@@ -205,7 +206,7 @@ def load_masked_model(checkpoint: str, manifest: Manifest) -> MaskedModel:
         CheckpointError: If it cannot be read.
         InvalidInputError: If it is of other sizes than the bundle, or lacks its predictors.
     """
-    from dllava_export.checkpoint import read_checkpoint
+    from dllava_export.checkpoints.checkpoint import read_checkpoint
 
     source, num_layers = read_checkpoint(checkpoint), manifest.geometry.num_layers
     if source.text_config.num_hidden_layers > num_layers:  # the bundle was cut too

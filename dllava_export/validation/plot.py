@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dllava_export.output_files import check_plot_format, save_plot
+from dllava_export.reporting.output_files import check_plot_format, save_plot
 from dllava_export.validation import outputs as out
 from dllava_export.validation.checks import DRIFT, Check
 from dllava_export.validation.report import ValidationReport

@@ -12,8 +12,9 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from dllava_export import names
-from dllava_export.chat import IMAGE_PLACEHOLDER_ID
-from dllava_export.session import DecodeResult, PrefillResult, Session
+from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.runtime.results import DecodeResult, PrefillResult
+from dllava_export.runtime.session import Session
 from dllava_export.validation import outputs as out
 from dllava_export.validation.conversation import (
     IMAGE_FEATURES,

@@ -7,7 +7,8 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dllava_export.bundle import Manifest
+    from dllava_export.bundles.manifest import Manifest
+
 
 __all__ = ["ERROR_STATS", "REFERENCES", "Tolerances", "ValidationSettings", "tolerances_for"]
 

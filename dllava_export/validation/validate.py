@@ -11,10 +11,12 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllava_export import bundle
-from dllava_export.chat import IMAGE_PLACEHOLDER_ID
+from dllava_export.bundles import layout
+from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError, InvalidInputError
-from dllava_export.session import Session, check_image_choice, load
+from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.runtime.loading import check_image_choice, load
+from dllava_export.runtime.session import Session
 from dllava_export.sparsity import Sparsity
 from dllava_export.validation.comparison import CompareConversations, Shape
 from dllava_export.validation.conversation import (
@@ -30,7 +32,8 @@ from dllava_export.validation.settings import ValidationSettings, tolerances_for
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
 
-    from dllava_export.bundle import Manifest
+    from dllava_export.bundles.manifest import Manifest
+
 
 __all__ = ["validate"]
 
@@ -60,7 +63,7 @@ def validate(
     from polygraphy.logger import G_LOGGER
 
     folder = Path(folder)
-    manifest = bundle.read_manifest(folder)
+    manifest = read_manifest(folder)
     conversation = _conversation(folder, manifest, settings, image, prompt)
     candidate = _candidate(folder, manifest, settings, conversation)
     reference = _reference(folder, manifest, settings, conversation)
@@ -110,7 +113,7 @@ def _conversation(
 
 
 def _image_size(folder: Path, manifest: Manifest) -> int:
-    (pixels,) = manifest.tensors[f"{bundle.VISUAL_FOLDER}/{bundle.VISUAL}"]["inputs"]
+    (pixels,) = manifest.tensors[f"{layout.VISUAL_FOLDER}/{layout.VISUAL}"]["inputs"]
     return int(pixels["shape"][-1])
 
 

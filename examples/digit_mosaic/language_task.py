@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 from tower_task import Task, choose_patches, tower_features
 
-from dllava_export.chat import IMAGE_PLACEHOLDER_ID
+from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.training.model import TrainingModel
 
 __all__ = ["LanguageTask", "Pack", "PackBatch", "accuracy", "answer_logits"]

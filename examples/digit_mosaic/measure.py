@@ -21,13 +21,15 @@ from tqdm import tqdm
 
 import dllava_export
 from dllava_export.benchmark.machine import machine_line
-from dllava_export.chat import IMAGE_PLACEHOLDER_ID
-from dllava_export.checkpoint import read_checkpoint
-from dllava_export.evaluation import EvaluationSettings, evaluate
-from dllava_export.evaluation_report import EvaluationReport
-from dllava_export.export import SparsityOptions, export
-from dllava_export.images import read_image
-from dllava_export.output_files import write_text
+from dllava_export.checkpoints.checkpoint import read_checkpoint
+from dllava_export.evaluation.evaluate import evaluate
+from dllava_export.evaluation.report import EvaluationReport
+from dllava_export.evaluation.settings import EvaluationSettings
+from dllava_export.exporting.exporter import export
+from dllava_export.exporting.options import SparsityOptions
+from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.prompts.images import read_image
+from dllava_export.reporting.output_files import write_text
 
 __all__ = ["Measurement", "digit_patches_kept", "export_all", "measure"]
 

@@ -106,7 +106,7 @@ def make_tokenizer() -> Tokenizer:
 
 def write_untrained(folder: Path, seed: int) -> None:
     """Write a checkpoint with random weights, in LLaVA's layout."""
-    from dllava_export.checkpoint import random_checkpoint
+    from dllava_export.checkpoints.checkpoint import random_checkpoint
     from dllava_export.training.model import build_model
     from dllava_export.training.output import write_checkpoint
     from dllava_export.training.settings import TrainingSettings

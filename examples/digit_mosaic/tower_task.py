@@ -18,9 +18,9 @@ from stages import Stage
 from torch import nn
 from torch.nn import functional
 
-from dllava_export.chat import ChatTokenizer
-from dllava_export.checkpoint import Checkpoint
-from dllava_export.images import ImageProcessor
+from dllava_export.checkpoints.checkpoint import Checkpoint
+from dllava_export.prompts.images import ImageProcessor
+from dllava_export.prompts.tokenizer import ChatTokenizer
 from dllava_export.training.model import TrainingModel
 
 __all__ = ["Task", "TowerTask", "choose_patches", "patch_labels", "tower_features"]

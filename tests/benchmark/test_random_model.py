@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 from transformers import LlamaForCausalLM
 
-from dllava_export import bundle
 from dllava_export.benchmark.random_model import random_token_ids
+from dllava_export.bundles import layout
+from dllava_export.bundles.manifest import read_manifest
 
 
 def test_llama_folder_loads_and_ties_its_table(tiny_model):
@@ -17,14 +18,14 @@ def test_llama_folder_loads_and_ties_its_table(tiny_model):
 def test_bundle_shares_the_weights_file(tiny_model):
     linked = [
         path
-        for path in (tiny_model.bundle / bundle.LLM_FOLDER).iterdir()
+        for path in (tiny_model.bundle / layout.LLM_FOLDER).iterdir()
         if path.samefile(tiny_model.weights)
     ]
     assert len(linked) == 1
 
 
 def test_bundle_is_sparse_as_asked(tiny_model):
-    manifest = bundle.read_manifest(tiny_model.bundle)
+    manifest = read_manifest(tiny_model.bundle)
     assert manifest.sparsity.policy == "predictor"
     assert manifest.sparsity.sparse_layer == tiny_model.settings.sparse_layer
     assert manifest.geometry.num_image_tokens == 16

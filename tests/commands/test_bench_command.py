@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
-from dllava_export import bench as bench_module
-from dllava_export.bench import BenchReport, BenchSettings
+from dllava_export.benchmark import bench as bench_module
 from dllava_export.benchmark import report, suite
+from dllava_export.benchmark.bench_report import BenchReport
+from dllava_export.benchmark.bench_settings import BenchSettings
 from dllava_export.benchmark.geometries import SuiteSettings
 from dllava_export.cli import main
 

@@ -17,10 +17,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from gpu_comparison import LIMITS, Prompt, compare, trace  # noqa: E402
 from gpu_report import Report, Row  # noqa: E402
 
-from dllava_export import bundle, doctor  # noqa: E402
-from dllava_export.engines.trt_module import trt_module  # noqa: E402
+from dllava_export.backends import doctor  # noqa: E402
+from dllava_export.backends.trt.trt_module import trt_module  # noqa: E402
+from dllava_export.bundles.manifest import read_manifest  # noqa: E402
 from dllava_export.errors import DllavaExportError  # noqa: E402
-from dllava_export.session import Session, load  # noqa: E402
+from dllava_export.runtime.loading import load  # noqa: E402
+from dllava_export.runtime.session import Session  # noqa: E402
 
 __all__ = ["PARTS", "main"]
 
@@ -101,13 +103,13 @@ def _subjects(folder: Path, report: Report, batch: int) -> dict[str, Callable[[]
 
 
 def _build(folder: Path, backend: str, batch: int) -> None:
-    from dllava_export.engines.build_engines import build_engines
-    from dllava_export.engines.build_options import BuildOptions
-    from dllava_export.engines.engine_config import engine_folder
+    from dllava_export.backends.trt.build.build_engines import build_engines
+    from dllava_export.backends.trt.build.build_options import BuildOptions
+    from dllava_export.backends.trt.engine_config import engine_folder
 
     if (engine_folder(folder, backend) / "config.json").is_file():
         return
-    manifest = bundle.read_manifest(folder, verify=False)
+    manifest = read_manifest(folder, verify=False)
     capacity = min(_CAPACITY, manifest.max_position_embeddings + 1)
     options = BuildOptions(
         backend,
@@ -132,7 +134,7 @@ def _compare(report: Report, options: argparse.Namespace) -> None:
 
 
 def _compare_bundle(report: Report, folder: Path, prompts: dict[str, Prompt]) -> None:
-    limits = LIMITS[bundle.read_manifest(folder, verify=False).precision]
+    limits = LIMITS[read_manifest(folder, verify=False).precision]
     reference = load(folder)
     expected = {name: trace(reference, prompt) for name, prompt in prompts.items()}
     for subject, open_session in _subjects(folder, report, max(_BATCHES)).items():

@@ -10,10 +10,11 @@ from checkpoint_factory import DYNAMIC_CONFIG, SPARSE_CONFIG, VISION_CONFIG
 from golden import CASES, DATA, RECOMPUTE_STEPS, load_case
 from gpu_comparison import Prompt
 
-from dllava_export import bundle
-from dllava_export.checkpoint import random_checkpoint, read_checkpoint
-from dllava_export.export import SparsityOptions, export
-from dllava_export.sparsify import sparsify
+from dllava_export.bundles.manifest import read_manifest
+from dllava_export.checkpoints.checkpoint import random_checkpoint, read_checkpoint
+from dllava_export.exporting.exporter import export
+from dllava_export.exporting.options import SparsityOptions
+from dllava_export.exporting.sparsifier import sparsify
 
 __all__ = [
     "LARGE_CONFIG",
@@ -86,7 +87,7 @@ def dense_form(folder: Path, out: Path) -> Path:
 
 def random_prompt(folder: Path, batch: int = 1, num_steps: int = NUM_STEPS) -> Prompt:
     """Return a prompt with image features and tokens of a fixed seed."""
-    manifest = bundle.read_manifest(folder, verify=False)
+    manifest = read_manifest(folder, verify=False)
     geometry = manifest.geometry
     rng = np.random.default_rng(0)
     text = rng.integers(3, geometry.vocab_size, (batch, NUM_TEXT))

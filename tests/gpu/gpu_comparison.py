@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dllava_export.errors import BackendError
-from dllava_export.session import Session
+from dllava_export.runtime.session import Session
 
 __all__ = ["LIMITS", "Limits", "Prompt", "Trace", "compare", "trace"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gpu_comparison import Prompt
 
-from dllava_export.session import Session
+from dllava_export.runtime.session import Session
 
 __all__ = ["ROUNDS", "time_session"]
 

@@ -15,12 +15,12 @@ from gpu_comparison import LIMITS, Prompt, Trace, compare, trace
 from gpu_report import Report, Row
 from gpu_speed import time_session
 
-from dllava_export import doctor
+from dllava_export.backends import doctor
 from dllava_export.errors import BackendError
 from dllava_export.plugins import check_kernels, kernel_cases
 from dllava_export.plugins.check_kernels import CaseResult
 from dllava_export.plugins.kernel_cases import KernelCase
-from dllava_export.session import load
+from dllava_export.runtime.loading import load
 
 FP32 = LIMITS["fp32"]
 

@@ -7,7 +7,9 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from dllava_export.errors import PostconditionError, PreconditionError
-from dllava_export.passes import GatherLastRowPass, Pass, graph_from_model, run_passes
+from dllava_export.passes.base import Pass, run_passes
+from dllava_export.passes.gather_last_row import GatherLastRowPass
+from dllava_export.passes.graph_io import graph_from_model
 
 MODEL = "(float[b, 8] x) => (float[b, 8] y) {y = Relu (x)}"
 

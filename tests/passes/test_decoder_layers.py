@@ -5,8 +5,8 @@ import onnx
 import pytest
 
 from dllava_export.errors import PreconditionError
-from dllava_export.passes import graph_from_model
 from dllava_export.passes.decoder_layers import find_decoder_layers, find_final_logits
+from dllava_export.passes.graph_io import graph_from_model
 
 BIAS = """
     product = MatMul (n0, "0.q")

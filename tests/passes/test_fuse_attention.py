@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from dllava_export.errors import PostconditionError, PreconditionError
-from dllava_export.passes import FuseAttentionPass, graph_from_model
+from dllava_export.passes.fuse_attention import FuseAttentionPass
+from dllava_export.passes.graph_io import graph_from_model
 
 VALUES = "float[batch, rows, 8] q, float[batch, rows, {kv}] k, float[batch, rows, {kv}] v"
 TABLES = "float[batch, rows, 2] cos, float[batch, rows, 2] sin"

@@ -6,7 +6,8 @@ import onnx
 import pytest
 
 from dllava_export.errors import PostconditionError
-from dllava_export.passes import FuseResidualNormPass, graph_from_model
+from dllava_export.passes.fuse_residual_norm import FuseResidualNormPass
+from dllava_export.passes.graph_io import graph_from_model
 
 STREAM = "float[batch, rows, 8]"
 NORM = "RMSNormalization <axis = -1, epsilon = 1e-5, stash_type = 1>"

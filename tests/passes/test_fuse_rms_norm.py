@@ -6,7 +6,8 @@ import onnx
 import pytest
 
 from dllava_export.errors import PostconditionError
-from dllava_export.passes import FuseRMSNormPass, graph_from_model
+from dllava_export.passes.fuse_rms_norm import FuseRMSNormPass
+from dllava_export.passes.graph_io import graph_from_model
 
 WEIGHTS = helpers.random_weights(w=(6,))
 CONSTANTS = "float two = {2}, float eps = {1e-3}, int64[1] last = {-1}, int64[1] rows = {1}"

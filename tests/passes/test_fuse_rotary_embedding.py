@@ -6,7 +6,8 @@ import onnx
 import pytest
 
 from dllava_export.errors import PostconditionError
-from dllava_export.passes import FuseRotaryEmbeddingPass, graph_from_model
+from dllava_export.passes.fuse_rotary_embedding import FuseRotaryEmbeddingPass
+from dllava_export.passes.graph_io import graph_from_model
 
 INPUTS = "float[batch, 2, rows, 6] x, float[batch, rows, 3] angle"
 SECOND_INPUT = "float[batch, 1, rows, 6] x_2"

@@ -7,7 +7,8 @@ import pytest
 
 from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
-from dllava_export.passes import GatherLastRowPass, graph_from_model
+from dllava_export.passes.gather_last_row import GatherLastRowPass
+from dllava_export.passes.graph_io import graph_from_model
 
 INPUTS = f"{helpers.DENSE_INPUTS}, int64[batch, rows] token_kind"
 

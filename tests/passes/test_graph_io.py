@@ -7,7 +7,7 @@ import pytest
 
 from dllava_export import names
 from dllava_export.errors import UnsupportedModelError
-from dllava_export.passes import graph_from_model, model_from_graph
+from dllava_export.passes.graph_io import graph_from_model, model_from_graph
 
 VALUES = "(float[batch, rows, 8] x) => (float[batch, rows, 8] y)"
 

@@ -13,14 +13,14 @@ from test_policies import official_image_logits
 
 from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
-from dllava_export.passes import (
-    GatherLastRowPass,
+from dllava_export.passes.gather_last_row import GatherLastRowPass
+from dllava_export.passes.graph_io import graph_from_model
+from dllava_export.passes.insert_image_selection import (
     InsertImageSelectionPass,
-    InsertKVCachePass,
-    graph_from_model,
+    find_image_selection,
 )
-from dllava_export.passes.insert_image_selection import find_image_selection
-from dllava_export.passes.policies import IMAGE_POLICIES
+from dllava_export.passes.insert_kv_cache import InsertKVCachePass
+from dllava_export.passes.policies.registry import IMAGE_POLICIES
 
 LINEAR = """
     {y}_t = Transpose <perm = [1, 0]> ("image_predictor.{name}.weight")

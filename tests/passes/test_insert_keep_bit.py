@@ -10,14 +10,12 @@ import pytest
 
 from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
-from dllava_export.passes import (
-    GatherLastRowPass,
-    InsertImageSelectionPass,
-    InsertKeepBitPass,
-    InsertKVCachePass,
-    graph_from_model,
-)
-from dllava_export.passes.policies import TEXT_POLICIES
+from dllava_export.passes.gather_last_row import GatherLastRowPass
+from dllava_export.passes.graph_io import graph_from_model
+from dllava_export.passes.insert_image_selection import InsertImageSelectionPass
+from dllava_export.passes.insert_keep_bit import InsertKeepBitPass
+from dllava_export.passes.insert_kv_cache import InsertKVCachePass
+from dllava_export.passes.policies.registry import TEXT_POLICIES
 
 LAST_ROWS = """
     last_h0 = Slice (kept_h0, last_axis, end, axis_1)

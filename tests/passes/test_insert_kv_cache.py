@@ -7,7 +7,9 @@ import pytest
 
 from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
-from dllava_export.passes import GatherLastRowPass, InsertKVCachePass, graph_from_model
+from dllava_export.passes.gather_last_row import GatherLastRowPass
+from dllava_export.passes.graph_io import graph_from_model
+from dllava_export.passes.insert_kv_cache import InsertKVCachePass
 
 CAPACITY = 9
 

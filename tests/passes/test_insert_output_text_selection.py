@@ -8,14 +8,12 @@ from test_insert_keep_bit import CONSTANTS, DECISIONS
 
 from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
-from dllava_export.passes import (
-    GatherLastRowPass,
-    InsertImageSelectionPass,
-    InsertKVCachePass,
-    InsertOutputTextSelectionPass,
-    graph_from_model,
-)
-from dllava_export.passes.policies import TEXT_POLICIES
+from dllava_export.passes.gather_last_row import GatherLastRowPass
+from dllava_export.passes.graph_io import graph_from_model
+from dllava_export.passes.insert_image_selection import InsertImageSelectionPass
+from dllava_export.passes.insert_kv_cache import InsertKVCachePass
+from dllava_export.passes.insert_output_text_selection import InsertOutputTextSelectionPass
+from dllava_export.passes.policies.registry import TEXT_POLICIES
 
 CANDIDATES = """
     positions = ai.dllava.GatherTokens (position_ids, kept_indices)

@@ -7,13 +7,11 @@ import pytest
 
 from dllava_export import names
 from dllava_export.errors import PostconditionError
-from dllava_export.passes import (
-    GatherLastRowPass,
-    InsertImageSelectionPass,
-    InsertKVCachePass,
-    LowerForOnnxRuntimePass,
-    graph_from_model,
-)
+from dllava_export.passes.gather_last_row import GatherLastRowPass
+from dllava_export.passes.graph_io import graph_from_model
+from dllava_export.passes.insert_image_selection import InsertImageSelectionPass
+from dllava_export.passes.insert_kv_cache import InsertKVCachePass
+from dllava_export.passes.lower_for_onnxruntime import LowerForOnnxRuntimePass
 
 SEQUENCE_LENGTHS = """
     fed = Max (row_lengths, one)

@@ -7,7 +7,8 @@ import numpy as np
 import onnx
 import pytest
 
-from dllava_export.passes import LowerForPluginsPass, graph_from_model, model_from_graph
+from dllava_export.passes.graph_io import graph_from_model, model_from_graph
+from dllava_export.passes.lower_for_plugins import LowerForPluginsPass
 
 LOWER = LowerForPluginsPass(("SelectTokens", "GatherTokens", "PredictorHead"))
 HEAD = """

@@ -7,14 +7,11 @@ import pytest
 
 from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
-from dllava_export.passes import (
-    GatherLastRowPass,
-    InsertImageSelectionPass,
-    InsertKVCachePass,
-    LowerForTensorRTPass,
-    graph_from_model,
-)
-from dllava_export.passes.lower_for_tensorrt import has_attention_kernel
+from dllava_export.passes.gather_last_row import GatherLastRowPass
+from dllava_export.passes.graph_io import graph_from_model
+from dllava_export.passes.insert_image_selection import InsertImageSelectionPass
+from dllava_export.passes.insert_kv_cache import InsertKVCachePass
+from dllava_export.passes.lower_for_tensorrt import LowerForTensorRTPass, has_attention_kernel
 
 LOWER = LowerForTensorRTPass(capacity_full=9, capacity_sparse=7)
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16

@@ -6,7 +6,8 @@ import onnx
 import pytest
 
 from dllava_export.errors import PostconditionError
-from dllava_export.passes import PackProjectionsPass, graph_from_model
+from dllava_export.passes.graph_io import graph_from_model
+from dllava_export.passes.pack_projections import PackProjectionsPass
 
 CACHE = "float[batch, 1, capacity, 8]"
 INPUTS = (

@@ -10,12 +10,13 @@ import torch
 
 from dllava_export import names
 from dllava_export.errors import PreconditionError
-from dllava_export.passes import PredictorWeights, model_from_graph
 from dllava_export.passes.graph_builder import GraphBuilder
-from dllava_export.passes.policies import (
+from dllava_export.passes.graph_io import model_from_graph
+from dllava_export.passes.policies.base import ImageRows
+from dllava_export.passes.policies.predictor import PredictorWeights
+from dllava_export.passes.policies.registry import (
     IMAGE_POLICIES,
     TEXT_POLICIES,
-    ImageRows,
     check_text_policy,
     insert_image_scores,
     insert_text_decision,

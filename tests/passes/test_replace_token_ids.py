@@ -8,8 +8,8 @@ import onnx
 import pytest
 
 from dllava_export.errors import PostconditionError, PreconditionError
-from dllava_export.passes import ReplaceTokenIdsPass, graph_from_model
-from dllava_export.passes.replace_token_ids import token_embedding
+from dllava_export.passes.graph_io import graph_from_model
+from dllava_export.passes.replace_token_ids import ReplaceTokenIdsPass, token_embedding
 
 WEIGHTS = helpers.random_weights(table=(11, 8), w=(8, 8))
 INPUTS = "int64[batch, rows] input_ids, int64[batch, rows] position_ids"

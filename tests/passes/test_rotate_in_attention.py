@@ -9,7 +9,8 @@ import onnxruntime as ort
 import pytest
 
 from dllava_export.errors import PostconditionError
-from dllava_export.passes import RotateInAttentionPass, graph_from_model
+from dllava_export.passes.graph_io import graph_from_model
+from dllava_export.passes.rotate_in_attention import RotateInAttentionPass
 
 NUM_POSITIONS = 9
 CACHE = "float[batch, 1, capacity_full, 16]"

@@ -9,8 +9,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from dllava_export import names
-from dllava_export.passes import model_from_graph
 from dllava_export.passes.graph_builder import GraphBuilder
+from dllava_export.passes.graph_io import model_from_graph
 from dllava_export.passes.sparse_ops import FUNCTION_TEXTS, function_proto
 
 TYPES = {

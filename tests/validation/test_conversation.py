@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dllava_export import bundle
+from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import InvalidInputError
 from dllava_export.validation.conversation import conversation_about, random_conversation
 
 
 @pytest.fixture(scope="module")
 def manifest(bundles):
-    return bundle.read_manifest(bundles.path("mha"), verify=False)
+    return read_manifest(bundles.path("mha"), verify=False)
 
 
 def test_random_values_have_one_image_in_the_prompt(manifest):

@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dllava_export import bundle, names
-from dllava_export.session import Session
+from dllava_export import names
+from dllava_export.bundles import layout
+from dllava_export.bundles.manifest import read_manifest
+from dllava_export.runtime.session import Session
 from dllava_export.validation.graph_backend import GraphBackend, bundle_graphs, dense_graphs
 
 IDS = [np.array([1, 5, 6, 7, 8]), np.array([1, 9, 10])]
@@ -14,7 +16,7 @@ def open_graphs(path, *, layers=True, lowered=True):
     backend = GraphBackend(
         path, bundle_graphs(path), layers=layers, lowered=lowered, num_threads=1
     )
-    return Session(path, bundle.read_manifest(path, verify=False), backend, 128), backend
+    return Session(path, read_manifest(path, verify=False), backend, 128), backend
 
 
 @pytest.mark.parametrize("lowered", [True, False])
@@ -81,5 +83,5 @@ def test_dense_graphs_prune_nothing(bundles):
     graphs = dense_graphs(path)
     backend = GraphBackend(path, graphs, layers=False, lowered=True, num_threads=1)
     assert backend.decoder.marked == set()
-    outputs = {value.name for value in graphs[bundle.DECODER].graph.output}
+    outputs = {value.name for value in graphs[layout.DECODER].graph.output}
     assert names.KEPT_INDICES not in outputs

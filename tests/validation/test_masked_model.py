@@ -8,8 +8,8 @@ import pytest
 from golden import DATA, load_case
 from tolerances import GOLDEN
 
-from dllava_export import bundle
-from dllava_export.checkpoint import read_checkpoint
+from dllava_export.bundles.manifest import read_manifest
+from dllava_export.checkpoints.checkpoint import read_checkpoint
 from dllava_export.errors import CheckpointError, InvalidInputError
 from dllava_export.validation.masked_model import load_masked_model
 
@@ -18,7 +18,7 @@ from dllava_export.validation.masked_model import load_masked_model
 def golden(request, bundles):
     """A golden run of the official code, and the same rows in masked passes."""
     case = load_case(request.param)
-    manifest = bundle.read_manifest(bundles.path(case.checkpoint), verify=False)
+    manifest = read_manifest(bundles.path(case.checkpoint), verify=False)
     model = load_masked_model(str(DATA / case.checkpoint), manifest)
     rows = model.rows(case.input_ids[0], case.tokens[:, 0], case.images, None)
     return case, manifest, rows, *model.forward(rows, None)
@@ -46,14 +46,14 @@ def test_it_computes_what_the_official_code_does(golden):
 
 
 def test_a_checkpoint_that_is_not_there(bundles):
-    manifest = bundle.read_manifest(bundles.path("mha"), verify=False)
+    manifest = read_manifest(bundles.path("mha"), verify=False)
     with pytest.raises(CheckpointError):
         load_masked_model(str(DATA / "missing" / "nowhere"), manifest)
 
 
 def test_predictors_must_be_there(bundles, tmp_path):
     checkpoint_factory.make_checkpoint(tmp_path / "plain", "llava")
-    manifest = bundle.read_manifest(bundles.path("mha"), verify=False)
+    manifest = read_manifest(bundles.path("mha"), verify=False)
     config = read_checkpoint(str(tmp_path / "plain")).text_config
     geometry = dataclasses.replace(
         manifest.geometry,
@@ -71,6 +71,6 @@ def test_predictors_must_be_there(bundles, tmp_path):
 
 def test_a_checkpoint_with_fewer_layers(bundles, tmp_path):
     checkpoint_factory.make_checkpoint(tmp_path / "plain", "llava")
-    manifest = bundle.read_manifest(bundles.path("mha"), verify=False)
+    manifest = read_manifest(bundles.path("mha"), verify=False)
     with pytest.raises(InvalidInputError, match="has num_hidden_layers 3, the bundle 4"):
         load_masked_model(str(tmp_path / "plain"), manifest)

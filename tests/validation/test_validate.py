@@ -14,7 +14,7 @@ from planted import (
     select_one_row_off,
 )
 
-from dllava_export import bundle
+from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError, BundleError, InvalidInputError
 from dllava_export.validation.settings import ValidationSettings
 from dllava_export.validation.validate import validate
@@ -210,8 +210,8 @@ def test_a_backend_without_engines_says_what_is_missing(bundles, backend):
 def test_half_precision_without_kernels_is_refused(bundles, tmp_path):
     path = tmp_path / "bf16"
     shutil.copytree(bundles.path("mha"), path, copy_function=shutil.copyfile)
-    manifest = dataclasses.replace(bundle.read_manifest(path), precision="bf16")
-    bundle.write_manifest(path, manifest)
+    manifest = dataclasses.replace(read_manifest(path), precision="bf16")
+    write_manifest(path, manifest)
     with pytest.raises(
         BackendError, match=r"bf16, .* Use another backend, and --against torch"
     ):

@@ -1,0 +1,100 @@
+"""Files of a bundle: graphs, links, tool versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllava_export.errors import BundleError
+
+if TYPE_CHECKING:
+    import onnx
+
+
+__all__ = [
+    "bytes_of_new_files",
+    "describe_tensors",
+    "link_or_copy",
+    "referenced_files",
+    "save_models",
+    "tool_versions",
+]
+
+
+_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-graphsurgeon")
+
+
+def describe_tensors(
+    folder: str, models: Mapping[str, onnx.ModelProto]
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return inputs and outputs of each graph under `folder/name`, as a manifest lists them."""
+    return {
+        f"{folder}/{name}": {
+            "inputs": [_describe(value) for value in model.graph.input],
+            "outputs": [_describe(value) for value in model.graph.output],
+        }
+        for name, model in models.items()
+        if model.graph.output  # a file of initializers only is no graph
+    }
+
+
+def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    from onnx import helper
+
+    tensor = value.type.tensor_type
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    shape = [d.dim_param or d.dim_value for d in tensor.shape.dim]
+    return {"name": value.name, "dtype": str(dtype), "shape": shape}
+
+
+def save_models(folder: Path, models: Mapping[str, onnx.ModelProto]) -> None:
+    """Write models whose weights are external already."""
+    for name, model in models.items():
+        (folder / name).write_bytes(model.SerializeToString())
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the versions of this toolkit and of the tools that shape its output."""
+    from dllava_export.version import __version__
+
+    versions = {"dllava-export": __version__}
+    for tool in _TOOLS:
+        versions[tool] = importlib.metadata.version(tool)
+    return versions
+
+
+def bytes_of_new_files(folder: Path) -> int:
+    """Return the bytes of files that are no hard links to something else."""
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+
+
+def referenced_files(models: Iterable[onnx.ModelProto]) -> set[str]:
+    """Return the external data files that models refer to.
+
+    Raises:
+        BundleError: If a file lies outside the model's folder.
+    """
+    files = set()
+    for model in models:
+        for tensor in model.graph.initializer:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            if "location" in entries:
+                files.add(entries["location"])
+    for name in files:
+        if Path(name).name != name:
+            raise BundleError(f"Weights in {name!r}: expected a file beside the model.")
+    return files
+
+
+def link_or_copy(source: Path, target: Path) -> int:
+    """Hard-link a file where possible, else copy it; return the bytes that were copied."""
+    try:
+        target.hardlink_to(source.resolve())
+    except OSError:
+        shutil.copyfile(source, target)
+        return target.stat().st_size
+    return 0

@@ -1,0 +1,210 @@
+"""A bundle on disk: graphs, weights, tokenizer and a manifest that says what belongs to it.
+
+    OUT/
+      dllava_export.json             the manifest, with size and digest of every other file
+      llm/model.onnx                 decoder, prefill and decode, with KV cache
+      llm/recompute.onnx             decoder without KV cache
+      llm/dense.onnx                 decoder as traced; what `sparsify` and `bench` start from
+      llm/predictors.onnx            trained predictors, if any: initializers without a graph
+      llm/*.data, *.safetensors      weights, once for all graphs; token embeddings
+      llm/tokenizer*, config.json    tokenizer and configuration of the checkpoint
+      visual/model.onnx, *.data      CLIP tower and projector; preprocessor_config.json
+
+A bundle is written under a temporary name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from dllava_export.bundles.layout import MANIFEST
+from dllava_export.errors import BundleError
+from dllava_export.families.llava import Layout
+from dllava_export.geometry import Geometry, PredictorGeometry
+from dllava_export.sparsity import Sparsity
+
+__all__ = ["SCHEMA_VERSION", "Manifest", "new_bundle", "read_manifest", "write_manifest"]
+
+SCHEMA_VERSION = 1
+
+_WHOLE_DIGEST_BYTES = 256 << 20
+_SAMPLE_BYTES = 1 << 20
+_NUM_SAMPLES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds.
+
+    Attributes:
+        layout: Checkpoint layout it came from, or `onnx` for a bare decoder.
+        precision: `fp32`, `fp16` or `bf16`: weights, activations and KV cache.
+        geometry: Sizes of the model.
+        max_position_embeddings: Tokens the decoder was made for: the largest cache.
+        sparsity: What is pruned.
+        image_token_id: Id of the image placeholder in the checkpoint's tokenizer; -200 where
+            it has none.
+        image_aspect_ratio: How pictures become square.
+        has_visual: True where the bundle takes pictures.
+        embedding: Reference for `weights.EmbeddingTable`, or None.
+        chat_template: `vicuna_v1`, `checkpoint`, or None without a tokenizer.
+        eos_token_ids: Ids that end an answer.
+        tensors: Graph file → `inputs` and `outputs`, each with name, dtype and shape.
+        passes: What each pass of each graph did.
+        producer: Versions of the tools that made it.
+        source: Where the weights came from, for people.
+    """
+
+    layout: Layout | Literal["onnx"]
+    precision: str
+    geometry: Geometry
+    max_position_embeddings: int
+    sparsity: Sparsity
+    image_token_id: int
+    image_aspect_ratio: str
+    has_visual: bool
+    embedding: dict[str, Any] | None
+    chat_template: Literal["vicuna_v1", "checkpoint"] | None
+    eos_token_ids: tuple[int, ...]
+    tensors: dict[str, dict[str, list[dict[str, Any]]]]
+    passes: dict[str, list[dict[str, Any]]]
+    producer: dict[str, str]
+    source: str
+
+
+@contextlib.contextmanager
+def new_bundle(out: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `out` if the block ends well, and vanishes if not.
+
+    Raises:
+        BundleError: If `out` exists and is not an empty folder, or cannot be written.
+    """
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        kind = "is a folder with files in it" if out.is_dir() else "is a file"
+        raise BundleError(
+            f"{out} {kind}; expected a new or empty folder. Choose another name or remove it."
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise BundleError(
+            f"{out.parent} cannot be written ({error.strerror}). Choose a folder you may write."
+        ) from error
+    try:
+        partial.chmod(0o755)  # mkdtemp makes it private
+        yield partial
+        partial.rename(out)
+    except OSError as error:
+        raise BundleError(
+            f"Writing {out} failed: {error.strerror or error}. Free some space or choose "
+            "another disk; nothing was left behind."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest last, over all files that are there."""
+    values = dataclasses.asdict(manifest)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = {str(p.relative_to(folder)): _fingerprint(p) for p in paths}
+    document = {"schema_version": SCHEMA_VERSION, **values, "files": files}
+    target = folder / MANIFEST
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, target)
+
+
+def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
+    """Read a bundle's manifest and check that its files are the ones it was written for.
+
+    Args:
+        folder: The bundle.
+        verify: Compare digests as well as sizes.
+
+    Raises:
+        BundleError: If there is no manifest, it is of another schema version or damaged, or a
+            file is missing or was changed.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        kind = "has no " + MANIFEST if folder.is_dir() else "is not a folder"
+        raise BundleError(
+            f"{folder} {kind}; expected a bundle. Make one with "
+            "`dllava-export export CHECKPOINT OUT`."
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        version = int(document.pop("schema_version"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path} is damaged ({error}). Export the bundle again.") from error
+    if version != SCHEMA_VERSION:
+        remedy = "Update dllava-export" if version > SCHEMA_VERSION else "Export it again"
+        raise BundleError(
+            f"{folder} has bundle schema version {version}; this dllava-export reads version "
+            f"{SCHEMA_VERSION}. {remedy}."
+        )
+    try:
+        _check_files(folder, document.pop("files"), verify)
+        return _manifest_from(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path} is damaged ({error}). Export the bundle again.") from error
+
+
+def _manifest_from(document: dict[str, Any]) -> Manifest:
+    geometry = dict(document.pop("geometry"))
+    predictor = geometry.pop("predictor")
+    return Manifest(
+        **{
+            **document,
+            "geometry": Geometry(
+                **geometry, predictor=PredictorGeometry(**predictor) if predictor else None
+            ),
+            "sparsity": Sparsity(**document["sparsity"]),
+            "eos_token_ids": tuple(document["eos_token_ids"]),
+        }
+    )
+
+
+def _check_files(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -> None:
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(
+                f"{folder} lacks {name}. Copy the whole bundle, or export it again."
+            )
+        size = path.stat().st_size
+        if size != expected["size"] or (verify and _fingerprint(path) != expected):
+            found = f"has {size} bytes" if size != expected["size"] else "has other contents"
+            raise BundleError(
+                f"{path} was changed after the bundle was written: it {found}, the manifest "
+                f"says {expected['size']} bytes, digest {expected['sha256'][:12]}…. Weights may "
+                "be hard links to the checkpoint's files: was the checkpoint changed in place? "
+                "Export again."
+            )
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Return size and digest; of large files the digest covers evenly spread samples."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _WHOLE_DIGEST_BYTES:
+            while chunk := file.read(_SAMPLE_BYTES):
+                digest.update(chunk)
+            return {"size": size, "sha256": digest.hexdigest()}
+        for number in range(_NUM_SAMPLES):
+            file.seek(number * (size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return {"size": size, "sha256": digest.hexdigest(), "sampled": True}

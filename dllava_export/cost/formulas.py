@@ -1,0 +1,227 @@
+"""FLOPs and KV bytes by formula: what each layer computes and stores."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+from dllava_export.geometry import Geometry, PredictorGeometry
+from dllava_export.sparsity import Sparsity
+
+__all__ = ["ExactFlops", "KVGroup", "exact_flops", "kv_bytes", "paper_flops", "rows_per_layer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactFlops:
+    """FLOPs of one sample; a multiply-add counts 2.
+
+    Attributes:
+        prefill: The run over image and prompt.
+        decode_step: The last decode step; 0 where there is none.
+        generation: The prefill and all decode steps.
+    """
+
+    prefill: float
+    decode_step: float
+    generation: float
+
+
+@dataclasses.dataclass(frozen=True)
+class KVGroup:
+    """The KV cache of layers that store the same rows.
+
+    Attributes:
+        name: `full` below `sparse_layer`, `sparse` from it on.
+        num_layers: Layers in the group.
+        rows: Rows in each layer at the end of the generation.
+        bytes: Bytes of keys and values of one sample in all layers of the group.
+    """
+
+    name: str
+    num_layers: int
+    rows: int
+    bytes: int
+
+
+def rows_per_layer(geometry: Geometry, sparsity: Sparsity, prompt_text_len: int) -> list[int]:
+    """Return how many rows each decoder layer computes in the prefill of one sample.
+
+    P = prompt_text_len + num_image_tokens below `sparse_layer`, and
+    P - num_image_tokens + num_kept from it on.
+
+    Raises:
+        ValueError: If `sparse_layer` is not a layer of the model, or no image token or more
+            than all would be kept.
+    """
+    num_image_tokens = geometry.num_image_tokens
+    num_kept = sparsity.num_kept_image_tokens(num_image_tokens)
+    num_full = _num_full_layers(geometry, sparsity)
+    return [prompt_text_len + num_image_tokens] * num_full + [prompt_text_len + num_kept] * (
+        geometry.num_layers - num_full
+    )
+
+
+def paper_flops(hidden_size: int, rows_by_layer: Sequence[int]) -> float:
+    """Return FLOPs as the Dynamic-LLaVA paper counts them.
+
+    Sum over layers of 32 * N * C^2 + 4 * N^2 * C, with C the hidden size and N the layer's
+    rows. The paper's prefill figures count image tokens only, its decoding figures output
+    tokens only; 32 * C^2 is above the linear layers of LLaMA (about 24.1 * C^2). For
+    comparison with published tables; `exact_flops` is the real count.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        rows_by_layer: Rows of each decoder layer.
+
+    Source: Dynamic-LLaVA (arXiv:2412.00876), equation 13.
+    """
+    return float(
+        sum(32 * rows * hidden_size**2 + 4 * rows**2 * hidden_size for rows in rows_by_layer)
+    )
+
+
+def exact_flops(
+    geometry: Geometry, sparsity: Sparsity, prompt_text_len: int, output_len: int
+) -> ExactFlops:
+    """Count the FLOPs of one sample with one image; a multiply-add counts 2.
+
+    Counted, per decoder layer and row: the projections q, k, v, o (with `num_kv_heads`), gate,
+    up and down; attention scores and weighted values over the rows that are visible (causal:
+    row i attends to i + 1 rows, itself included). Once per run: the language model head, on
+    one row. With policy `predictor`: the image predictor on all image tokens in the prefill
+    (its linear layers and its full attention), and the output-text predictor on each token
+    that is fed in decode, if generated tokens are pruned.
+
+    Not counted: embeddings, norms, rotary embedding, softmax, activations, biases, residual
+    additions, top-k and gathers; the vision tower and the projector.
+
+    The prefill yields the first token, so `output_len` tokens take output_len - 1 decode
+    steps. In decode step t (from 1) a layer below `sparse_layer` attends to P + t rows. From
+    `sparse_layer` on, a step attends to the kept prompt rows, itself, and the earlier
+    generated tokens that were stored: output_text_keep_rate * (t - 1) of them, in expectation.
+
+    Args:
+        geometry: Sizes of the model.
+        sparsity: What is pruned.
+        prompt_text_len: Text tokens of the prompt.
+        output_len: Generated tokens, at least 1.
+
+    Raises:
+        ValueError: If `output_len` is below 1, the policy is `predictor` and the geometry has
+            no predictor, or the settings do not fit the model.
+    """
+    if output_len < 1:
+        raise ValueError(f"output_len must be at least 1, got {output_len}.")
+    rows = rows_per_layer(geometry, sparsity, prompt_text_len)
+    has_predictor = sparsity.policy == "predictor"
+    if has_predictor and geometry.predictor is None:
+        raise ValueError(
+            "policy is 'predictor', but the geometry has no predictor; expected its sizes. "
+            "Pass predictor=PredictorGeometry(...)."
+        )
+    linear = _linear_flops_per_row(geometry)
+    attention = 4 * geometry.num_heads * geometry.head_dim  # per pair of rows
+    head = 2 * geometry.hidden_size * geometry.vocab_size
+    prefill = head + sum(n * linear + n * (n + 1) // 2 * attention for n in rows)
+    step_fixed = head + geometry.num_layers * linear
+    if has_predictor:
+        prefill += _image_predictor_flops(geometry)
+        if sparsity.has_keep_bit:
+            step_fixed += _text_predictor_flops(geometry)
+
+    num_steps = output_len - 1
+    num_full = _num_full_layers(geometry, sparsity)
+    num_sparse = geometry.num_layers - num_full
+    rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0
+
+    def attended(step: float) -> float:
+        """Sum over layers of the rows that are visible in decode step `step`."""
+        full = num_full * (rows[0] + step)
+        return full + num_sparse * (rows[-1] + rate * (step - 1) + 1)
+
+    decode_step = step_fixed + attention * attended(num_steps) if num_steps else 0.0
+    # The attended rows grow by the same amount in each step: their mean is the middle one.
+    middle = (num_steps + 1) / 2
+    decode = num_steps * (step_fixed + attention * attended(middle))
+    return ExactFlops(float(prefill), float(decode_step), float(prefill + decode))
+
+
+def kv_bytes(
+    geometry: Geometry, sparsity: Sparsity, prompt_text_len: int, output_len: int
+) -> tuple[KVGroup, KVGroup]:
+    """Return the expected KV cache of one sample after `output_len` generated tokens.
+
+    Rows of the full group: P + output_len. Rows of the sparse group: the kept prompt rows
+    + ceil(output_text_keep_rate * output_len), or all generated tokens where none are pruned.
+    What a run allocates is a little more: capacities have a reserve.
+
+    Args:
+        geometry: Sizes of the model.
+        sparsity: What is pruned.
+        prompt_text_len: Text tokens of the prompt.
+        output_len: Generated tokens.
+
+    Returns:
+        The full and the sparse group. Of a dense decoder all layers are in the full group.
+
+    Raises:
+        ValueError: If the settings do not fit the model.
+    """
+    rows = rows_per_layer(geometry, sparsity, prompt_text_len)
+    num_full = _num_full_layers(geometry, sparsity)
+    stored = output_len
+    if sparsity.has_keep_bit:
+        stored = math.ceil(sparsity.output_text_keep_rate * output_len)
+    row_bytes = 2 * geometry.num_kv_heads * geometry.head_dim * geometry.bytes_per_value
+
+    def group(name: str, num_layers: int, num_rows: int) -> KVGroup:
+        num_rows = num_rows if num_layers else 0
+        return KVGroup(name, num_layers, num_rows, num_layers * num_rows * row_bytes)
+
+    return (
+        group("full", num_full, rows[0] + output_len),
+        group("sparse", geometry.num_layers - num_full, rows[-1] + stored),
+    )
+
+
+def _num_full_layers(geometry: Geometry, sparsity: Sparsity) -> int:
+    if sparsity.is_dense:
+        return geometry.num_layers
+    if sparsity.sparse_layer >= geometry.num_layers:
+        raise ValueError(
+            f"sparse_layer must be below the {geometry.num_layers} layers of the model, got "
+            f"{sparsity.sparse_layer}."
+        )
+    return sparsity.sparse_layer
+
+
+def _linear_flops_per_row(geometry: Geometry) -> int:
+    query = geometry.num_heads * geometry.head_dim
+    key = geometry.num_kv_heads * geometry.head_dim
+    attention = 2 * geometry.hidden_size * (query + key)  # q and o, k and v
+    mlp = 3 * geometry.hidden_size * geometry.intermediate_size  # gate, up, down
+    return 2 * (attention + mlp)
+
+
+def _output_mlp_macs(predictor: PredictorGeometry) -> int:
+    widths = (predictor.d_model, predictor.d_model // 2, predictor.d_model // 4, 2)
+    return sum(a * b for a, b in itertools.pairwise(widths))
+
+
+def _image_predictor_flops(geometry: Geometry) -> int:
+    predictor = geometry.predictor
+    assert predictor is not None
+    rows, width = geometry.num_image_tokens, predictor.d_model
+    # qkv and output projection, MLP; then scores and values over all pairs of rows.
+    block_row = 4 * width**2 + 2 * width * predictor.dim_feedforward
+    block = rows * block_row + 2 * rows**2 * width
+    ends = rows * (geometry.hidden_size * width + _output_mlp_macs(predictor))
+    return 2 * (ends + predictor.num_layers * block)
+
+
+def _text_predictor_flops(geometry: Geometry) -> int:
+    predictor = geometry.predictor
+    assert predictor is not None
+    return 2 * (geometry.hidden_size * predictor.d_model + _output_mlp_macs(predictor))

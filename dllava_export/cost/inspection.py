@@ -1,0 +1,214 @@
+"""What sparsification saves, by formula: rows per layer, FLOPs, bytes of KV cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dllava_export.cost.formulas import (
+    ExactFlops,
+    KVGroup,
+    exact_flops,
+    kv_bytes,
+    paper_flops,
+    rows_per_layer,
+)
+from dllava_export.geometry import Geometry
+from dllava_export.reporting.byte_sizes import format_bytes
+from dllava_export.reporting.comparison_table import (
+    HEADING,
+    Row,
+    compare,
+    layer_spans,
+    table_lines,
+)
+from dllava_export.sparsity import Sparsity
+
+__all__ = ["InspectionReport", "inspect_geometry"]
+
+_DENSE = Sparsity(policy="none")
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectionReport:
+    """A sparse decoder beside the dense one, for one sample with one image.
+
+    Attributes:
+        geometry: Sizes of the model.
+        sparsity: What is pruned.
+        prompt_text_len: Text tokens of the prompt.
+        output_len: Generated tokens.
+        rows: Rows of each layer in prefill, (dense, sparse).
+        paper: FLOPs of the prefill as the paper counts them, (dense, sparse).
+        flops: The exact count, (dense, sparse).
+        kv: KV cache groups, (dense, sparse).
+        passes: The manifest's entries of the graph passes that made the bundle, in order.
+    """
+
+    geometry: Geometry
+    sparsity: Sparsity
+    prompt_text_len: int
+    output_len: int
+    rows: tuple[list[int], list[int]]
+    paper: tuple[float, float]
+    flops: tuple[ExactFlops, ExactFlops]
+    kv: tuple[tuple[KVGroup, KVGroup], tuple[KVGroup, KVGroup]]
+    passes: tuple[Mapping[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as values that `json.dumps` takes. FLOPs and bytes are plain."""
+
+        def side(index: int) -> dict[str, Any]:
+            groups = [dataclasses.asdict(group) for group in self.kv[index]]
+            return {
+                "rows_per_layer": self.rows[index],
+                "paper_prefill_flops": self.paper[index],
+                "flops": dataclasses.asdict(self.flops[index]),
+                "kv_cache": {"groups": groups, "bytes": self._kv_total(index)},
+            }
+
+        return {
+            "geometry": dataclasses.asdict(self.geometry),
+            "sparsity": dataclasses.asdict(self.sparsity),
+            "num_kept_image_tokens": self._num_kept,
+            "prompt_text_len": self.prompt_text_len,
+            "output_len": self.output_len,
+            "dense": side(0),
+            "sparse": side(1),
+            "passes": [dict(entry) for entry in self.passes],
+        }
+
+    def to_text(self) -> str:
+        """Return the report as aligned plain text."""
+        heading = [
+            ("Model", self._describe_model()),
+            ("Sparsity", self._describe_sparsity()),
+            (
+                "Request",
+                f"{self.prompt_text_len} text tokens, {self.geometry.num_image_tokens} image "
+                f"tokens, {self.output_len} generated tokens; one sample",
+            ),
+        ]
+        lines = [f"{name:<10}{value}" for name, value in heading]
+        lines += ["", *table_lines(self._comparisons())]
+        if self.passes:
+            width = max(len(_pass_name(entry)) for entry in self.passes)
+            lines += ["", "Passes"]
+            for number, entry in enumerate(self.passes, start=1):
+                line = f"{number:>4}  {_pass_name(entry):<{width}}  {_parameters(entry)}"
+                lines.append(line.rstrip())
+        return "\n".join(lines)
+
+    @property
+    def _num_kept(self) -> int:
+        return self.sparsity.num_kept_image_tokens(self.geometry.num_image_tokens)
+
+    def _kv_total(self, index: int) -> int:
+        return sum(group.bytes for group in self.kv[index])
+
+    def _kv_bytes_per_layer(self, index: int) -> list[float]:
+        return [
+            group.bytes / group.num_layers
+            for group in self.kv[index]
+            for _ in range(group.num_layers)
+        ]
+
+    def _describe_model(self) -> str:
+        geometry = self.geometry
+        return (
+            f"{geometry.num_layers} layers, hidden size {geometry.hidden_size}, "
+            f"{geometry.num_heads} heads and {geometry.num_kv_heads} KV heads of "
+            f"{geometry.head_dim}, {geometry.bytes_per_value} bytes per value"
+        )
+
+    def _describe_sparsity(self) -> str:
+        if self.sparsity.is_dense:
+            return "none: a dense decoder"
+        stored = "all generated tokens"
+        if self.sparsity.has_keep_bit:
+            stored = f"about {self.sparsity.output_text_keep_rate:.0%} of generated tokens"
+        return (
+            f"policy {self.sparsity.policy}; from layer {self.sparsity.sparse_layer} on "
+            f"{self._num_kept} of {self.geometry.num_image_tokens} image tokens and {stored}"
+        )
+
+    def _comparisons(self) -> list[Row]:
+        dense, sparse = self.flops
+        table = [HEADING]
+        spans = layer_spans(group.num_layers for group in self.kv[1])
+        for first, last in spans:
+            name = f"prefill rows, layers {first} to {last}"
+            table.append(compare(name, self.rows[0][first], self.rows[1][first], str))
+        table += [
+            compare("prefill FLOPs", dense.prefill, sparse.prefill, _engineering),
+            compare("last decode step FLOPs", dense.decode_step, sparse.decode_step,
+                    _engineering),
+            compare("generation FLOPs", dense.generation, sparse.generation, _engineering),
+            compare("prefill FLOPs, paper's formula (image rows)", *self.paper, _engineering),
+        ]  # fmt: skip
+        per_layer = [self._kv_bytes_per_layer(index) for index in (0, 1)]
+        for first, last in spans:
+            name = f"KV cache, layers {first} to {last}"
+            dense_bytes, sparse_bytes = (sum(side[first : last + 1]) for side in per_layer)
+            table.append(compare(name, dense_bytes, sparse_bytes, format_bytes))
+        totals = self._kv_total(0), self._kv_total(1)
+        table.append(compare("KV cache, total", *totals, format_bytes))
+        return table
+
+
+def inspect_geometry(
+    geometry: Geometry,
+    sparsity: Sparsity,
+    *,
+    prompt_text_len: int = 64,
+    output_len: int = 256,
+    passes: Iterable[Mapping[str, Any]] = (),
+) -> InspectionReport:
+    """Compare a sparse decoder with the dense one of the same geometry.
+
+    Args:
+        geometry: Sizes of the model.
+        sparsity: What is pruned.
+        prompt_text_len: Text tokens of the prompt.
+        output_len: Generated tokens, at least 1.
+        passes: Entries of the manifest, each with `name` and perhaps `parameters`.
+
+    Raises:
+        ValueError: If the settings do not fit the model.
+    """
+    settings = (_DENSE, sparsity)
+    rows = [rows_per_layer(geometry, setting, prompt_text_len) for setting in settings]
+    paper = [
+        paper_flops(geometry.hidden_size, rows_per_layer(geometry, setting, 0))
+        for setting in settings
+    ]
+    flops = [exact_flops(geometry, item, prompt_text_len, output_len) for item in settings]
+    kv = [kv_bytes(geometry, item, prompt_text_len, output_len) for item in settings]
+    return InspectionReport(
+        geometry=geometry,
+        sparsity=sparsity,
+        prompt_text_len=prompt_text_len,
+        output_len=output_len,
+        rows=(rows[0], rows[1]),
+        paper=(paper[0], paper[1]),
+        flops=(flops[0], flops[1]),
+        kv=(kv[0], kv[1]),
+        passes=tuple(passes),
+    )
+
+
+def _engineering(value: float) -> str:
+    """Return four digits with a prefix: 2.488e12 becomes `2.488 T`."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.99995 * factor:
+            return f"{value / factor:#.4g} {prefix}"
+    return f"{value:.0f}"
+
+
+def _pass_name(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("name", "?"))
+
+
+def _parameters(entry: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in entry.get("parameters", {}).items())

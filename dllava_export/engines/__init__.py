@@ -1,1 +1,0 @@
-"""Build TensorRT engines from a bundle."""

@@ -1,0 +1,46 @@
+"""Settings of `evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from dllava_export.runtime.generation import MODES
+
+__all__ = ["EvaluationSettings", "OnBadRecord"]
+
+
+OnBadRecord = Literal["stop", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """How bundles are asked.
+
+    Attributes:
+        batch_size: Questions answered at once, those with truths of like length together.
+        max_new_tokens: Tokens of an answer at most; None for 16 more than the longest truth.
+        mode: `cache`, or `recompute` for a pass without KV cache per token.
+        limit: Ask only the first so many usable questions; None for all.
+        on_bad_record: `stop` at the first bad record, or `skip` them.
+        num_threads: Threads of the runtime; its own default where None.
+    """
+
+    batch_size: int = 8
+    max_new_tokens: int | None = None
+    mode: str = "cache"
+    limit: int | None = None
+    on_bad_record: OnBadRecord = "stop"
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        if self.on_bad_record not in ("stop", "skip"):
+            raise ValueError(
+                f"on_bad_record must be stop or skip, got {self.on_bad_record!r}."
+            )

@@ -1,0 +1,247 @@
+"""From a checkpoint to a bundle: trace, transform, attach weights, write."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dllava_export.bundles import layout
+from dllava_export.bundles.files import (
+    bytes_of_new_files,
+    describe_tensors,
+    save_models,
+    tool_versions,
+)
+from dllava_export.bundles.manifest import Manifest, new_bundle, write_manifest
+from dllava_export.exporting.options import SparsityOptions, complete_sparsity
+from dllava_export.exporting.report import ExportReport
+from dllava_export.exporting.transform import transform_decoder
+from dllava_export.geometry import Geometry, PredictorGeometry
+from dllava_export.precision import _numpy_dtype
+from dllava_export.reporting import resources
+from dllava_export.reporting.stages import show_stages
+from dllava_export.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    import onnx
+
+    from dllava_export.checkpoints.checkpoint import Checkpoint
+    from dllava_export.passes.policies.predictor import PredictorWeights
+
+
+__all__ = ["export", "predictor_model", "resolve_sparsity"]
+
+logger = logging.getLogger(__name__)
+
+
+_NUM_STAGES = 3
+
+
+def resolve_sparsity(
+    options: SparsityOptions, checkpoint: Checkpoint, *, num_layers: int
+) -> Sparsity:
+    """Fill in what the user left open.
+
+    Raises:
+        UnsupportedModelError: If predictors are asked for and the checkpoint has none.
+        ValueError: If a setting is out of range.
+    """
+    return complete_sparsity(
+        options,
+        checkpoint.sparse_config,
+        num_layers=num_layers,
+        num_image_tokens=checkpoint.num_image_tokens,
+        source=f"{checkpoint.path} is a {checkpoint.layout} checkpoint",
+        remedy="Use a Dynamic-LLaVA checkpoint",
+    )
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    options: SparsityOptions | None = None,
+    *,
+    precision: str | None = None,
+    link: bool = True,
+    progress: bool = False,
+) -> ExportReport:
+    """Export a checkpoint to a bundle.
+
+    Args:
+        checkpoint: From `read_checkpoint` or `random_checkpoint`.
+        out: New or empty folder.
+        options: Sparsification; by default as trained.
+        precision: `fp32`, `fp16` or `bf16`; by default the checkpoint's, with fp16 in place of
+            bf16, which ONNX Runtime does not run on a CPU.
+        link: Hard-link weights where possible instead of copying them.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        DllavaExportError: If the checkpoint or the folder is not usable.
+        ValueError: If a setting is out of range.
+    """
+    with resources.stage("loading PyTorch"):
+        import torch
+
+        from dllava_export.exporting.tracing import trace_decoder, trace_visual
+        from dllava_export.exporting.weights import attach_weights, write_embedding
+
+    start = time.perf_counter()
+    sparsity = resolve_sparsity(
+        options or SparsityOptions(),
+        checkpoint,
+        num_layers=checkpoint.text_config.num_hidden_layers,
+    )
+    default = "fp16" if checkpoint.precision == "bf16" else checkpoint.precision
+    precision = precision or default
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision not in dtypes:
+        raise ValueError(f"precision must be one of {', '.join(dtypes)}, got {precision!r}.")
+    with new_bundle(Path(out)) as folder:
+        llm, visual = folder / layout.LLM_FOLDER, folder / layout.VISUAL_FOLDER
+        llm.mkdir()
+        visual.mkdir()
+        with show_stages(progress, _NUM_STAGES) as stage:
+            with stage("tracing the decoder"):
+                dense = trace_decoder(checkpoint, dtypes[precision])
+            with stage("tracing the vision tower"):
+                visual_model = trace_visual(checkpoint, dtypes[precision])
+            with stage("sparsifying"):
+                predictors = predictor_model(checkpoint)
+                models, passes = transform_decoder(
+                    dense, sparsity, predictor_weights(predictors, checkpoint)
+                )
+            sources = {layout.DENSE_DECODER: dense}
+            if predictors is not None:
+                sources[layout.PREDICTORS] = predictors
+            # First in line, so that the data file is the same whatever the sparsity.
+            models = sources | models
+        with resources.stage("attaching weights"):
+            llm_report = attach_weights(
+                models, llm, checkpoint.tensors, link=link, progress=progress
+            )
+            visual_report = attach_weights(
+                {layout.VISUAL: visual_model}, visual, checkpoint.tensors, link=link
+            )
+            embedding = write_embedding(
+                llm,
+                checkpoint.tensors["model.embed_tokens.weight"],
+                _numpy_dtype(precision),
+                link=link,
+            )
+        with resources.stage("writing graphs"):
+            save_models(llm, models)
+            save_models(visual, {layout.VISUAL: visual_model})
+        _write_json(visual / "preprocessor_config.json", checkpoint.preprocessor)
+        template, eos, warnings = _copy_tokenizer(checkpoint, llm)
+        manifest = Manifest(
+            layout=checkpoint.layout,
+            precision=precision,
+            geometry=_geometry(checkpoint, precision),
+            max_position_embeddings=checkpoint.text_config.max_position_embeddings,
+            sparsity=sparsity,
+            image_token_id=checkpoint.image_token_id,
+            image_aspect_ratio=checkpoint.image_aspect_ratio,
+            has_visual=True,
+            embedding=embedding,
+            chat_template=template,
+            eos_token_ids=eos,
+            tensors={
+                **describe_tensors(layout.LLM_FOLDER, models),
+                **describe_tensors(layout.VISUAL_FOLDER, {layout.VISUAL: visual_model}),
+            },
+            passes=passes,
+            producer=tool_versions(),
+            source=str(checkpoint.path),
+        )
+        with resources.stage("digests and manifest"):
+            write_manifest(folder, manifest)
+        written = bytes_of_new_files(folder)
+    return ExportReport(
+        Path(out),
+        manifest,
+        llm_report.bytes_linked + visual_report.bytes_linked,
+        written,
+        time.perf_counter() - start,
+        tuple(warnings),
+    )
+
+
+def predictor_model(checkpoint: Checkpoint) -> onnx.ModelProto | None:
+    """Return a model of initializers only: the checkpoint's predictors, in their own dtype."""
+    import onnx
+
+    from dllava_export.exporting.weights import reference_tensor
+
+    tensors = [
+        reference_tensor(name, source)
+        for name, source in checkpoint.tensors.items()
+        if name.startswith(("image_predictor.", "output_text_predictor."))
+    ]
+    if not tensors:
+        return None
+    graph = onnx.helper.make_graph([], "predictors", [], [], initializer=tensors)
+    return onnx.helper.make_model(graph)
+
+
+def predictor_weights(
+    predictors: onnx.ModelProto | None, checkpoint: Checkpoint
+) -> PredictorWeights | None:
+    """Return predictors as the passes take them."""
+    from dllava_export.passes.policies.predictor import PredictorWeights
+
+    if predictors is None or checkpoint.sparse_config is None:
+        return None
+    tensors = {tensor.name: tensor for tensor in predictors.graph.initializer}
+    return PredictorWeights(tensors, checkpoint.sparse_config.nhead)
+
+
+def _geometry(checkpoint: Checkpoint, precision: str) -> Geometry:
+    config, trained = checkpoint.text_config, checkpoint.sparse_config
+    predictor = None
+    if trained is not None:
+        predictor = PredictorGeometry(
+            trained.d_model, trained.nhead, trained.dim_feedforward, trained.num_layers
+        )
+    assert config.num_key_value_heads is not None
+    assert config.head_dim is not None  # LlamaConfig fills both in
+    return Geometry(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        num_image_tokens=checkpoint.num_image_tokens,
+        bytes_per_value=4 if precision == "fp32" else 2,
+        predictor=predictor,
+    )
+
+
+def _copy_tokenizer(
+    checkpoint: Checkpoint, llm: Path
+) -> tuple[Literal["vicuna_v1", "checkpoint"] | None, tuple[int, ...], list[str]]:
+    """Copy tokenizer and configuration; return (template, end-of-sequence ids, warnings)."""
+    config = checkpoint.config
+    _write_json(llm / "config.json", config)
+    generation = checkpoint.path / "generation_config.json"
+    for path in (*checkpoint.tokenizer_files, *([generation] if generation.is_file() else [])):
+        shutil.copyfile(path, llm / path.name)
+    eos = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id", 2))
+    ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),))
+    if not checkpoint.has_tokenizer:
+        warning = (
+            f"{checkpoint.path} has no tokenizer: the bundle takes and returns token ids "
+            "(`run --input-ids`)."
+        )
+        return None, ids, [warning]
+    return "checkpoint" if checkpoint.layout == "llava-hf" else "vicuna_v1", ids, []
+
+
+def _write_json(path: Path, values: object) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

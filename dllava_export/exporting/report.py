@@ -1,0 +1,73 @@
+"""What an export wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from dllava_export.bundles import layout
+from dllava_export.bundles.manifest import Manifest
+from dllava_export.geometry import Geometry
+from dllava_export.reporting.byte_sizes import format_bytes
+from dllava_export.sparsity import Sparsity
+
+__all__ = ["ExportReport"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        folder: The bundle.
+        manifest: Its manifest.
+        bytes_linked: Weight bytes shared with the checkpoint's files by hard links.
+        bytes_written: Bytes of new files.
+        seconds: Wall time.
+        warnings: What the user should know.
+    """
+
+    folder: Path
+    manifest: Manifest
+    bytes_linked: int
+    bytes_written: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+    def to_text(self) -> str:
+        """Return a summary: what was written, where, and what it is."""
+        sparsity, geometry = self.manifest.sparsity, self.manifest.geometry
+        lines = [
+            f"Wrote {self.folder} in {self.seconds:.1f} s: "
+            f"{format_bytes(self.bytes_written)} new, {format_bytes(self.bytes_linked)} linked",
+            f"  decoder   {geometry.num_layers} layers, hidden {geometry.hidden_size}, "
+            f"{self.manifest.precision}",
+        ]
+        if sparsity.is_dense:
+            lines.append("  sparsity  none (dense decoder)")
+        else:
+            text = (
+                f"generated text keep rate {sparsity.output_text_keep_rate:g}"
+                if sparsity.has_keep_bit
+                else "all generated text kept"
+            )
+            lines.append(
+                f"  sparsity  {sparsity.policy}, from layer {sparsity.sparse_layer} on: "
+                f"{_kept_image_tokens(sparsity, geometry)} image tokens, {text}"
+            )
+        names = [layout.DECODER, layout.RECOMPUTE]
+        visual = (
+            f", {layout.VISUAL_FOLDER}/{layout.VISUAL}" if self.manifest.has_visual else ""
+        )
+        lines.append(f"  graphs    {', '.join(f'llm/{name}' for name in names)}{visual}")
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def _kept_image_tokens(sparsity: Sparsity, geometry: Geometry) -> str:
+    if geometry.num_image_tokens:
+        kept = sparsity.num_kept_image_tokens(geometry.num_image_tokens)
+        return f"{kept} of {geometry.num_image_tokens}"
+    if sparsity.image_keep_tokens is not None:
+        return str(sparsity.image_keep_tokens)
+    return f"{sparsity.image_keep_rate:.3g} of the"

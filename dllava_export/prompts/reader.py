@@ -1,0 +1,216 @@
+"""Read prompts: token ids, text and pictures become rows that fit the bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dllava_export.bundles import layout
+from dllava_export.bundles.embedding import EmbeddingTable
+from dllava_export.bundles.manifest import Manifest
+from dllava_export.errors import CapacityError, InvalidInputError
+from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.prompts.placeholders import check_prompt, normalise_placeholders
+from dllava_export.prompts.rows import PromptRows, assemble_prompt
+
+if TYPE_CHECKING:
+    from dllava_export.prompts.images import ImageProcessor
+    from dllava_export.prompts.tokenizer import ChatTokenizer
+
+
+__all__ = ["PromptReader", "Prompts"]
+
+Prompts = np.ndarray | Sequence[np.ndarray] | Sequence[Sequence[int]]
+
+
+class PromptReader:
+    """What a bundle carries beside its graphs to read prompts, opened when first needed.
+
+    Args:
+        folder: The bundle.
+        manifest: Its manifest.
+        max_length: Tokens a prompt may have at most.
+        encode_images: Turns pixel values into image features.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        max_length: int,
+        encode_images: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        self.manifest = manifest
+        self.max_length = max_length
+        self._folder = folder
+        self._encode_images = encode_images
+        self._embedding: EmbeddingTable | None = None
+        if manifest.embedding is not None:
+            self._embedding = EmbeddingTable(folder / layout.LLM_FOLDER, manifest.embedding)
+        self._tokenizer: ChatTokenizer | None = None
+        self._image_processor: ImageProcessor | None = None
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """The bundle's tokenizer.
+
+        Raises:
+            InvalidInputError: If the bundle has none.
+        """
+        from dllava_export.prompts.tokenizer import ChatTokenizer
+
+        if self.manifest.chat_template is None:
+            raise InvalidInputError(
+                f"{self._folder} has no tokenizer, so it takes token ids instead of text. Use "
+                "--input-ids, or export from a checkpoint with a tokenizer."
+            )
+        if self._tokenizer is None:
+            self._tokenizer = ChatTokenizer.from_folder(
+                self._folder / layout.LLM_FOLDER,
+                template=self.manifest.chat_template,
+                image_token_id=self.manifest.image_token_id,
+            )
+        return self._tokenizer
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        """What turns pictures into `pixel_values`.
+
+        Raises:
+            InvalidInputError: If the bundle takes no pictures.
+        """
+        from dllava_export.prompts.images import ImageProcessor
+
+        if not self.manifest.has_visual:
+            raise InvalidInputError(
+                f"{self._folder} has no vision tower and takes no images. Export it from a "
+                "LLaVA checkpoint, or leave the image out."
+            )
+        if self._image_processor is None:
+            path = self._folder / layout.VISUAL_FOLDER / "preprocessor_config.json"
+            self._image_processor = ImageProcessor.from_config(
+                json.loads(path.read_text(encoding="utf-8")), self.manifest.image_aspect_ratio
+            )
+        return self._image_processor
+
+    def checked_pixels(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Return pixel values as an array of the right shape.
+
+        Raises:
+            InvalidInputError: If the shape is wrong or the bundle takes no pictures.
+        """
+        size = self.image_processor.size
+        pixels = np.asarray(pixel_values)
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+            raise InvalidInputError(
+                f"pixel_values has shape {list(pixels.shape)}, expected [num_images, 3, {size}, "
+                f"{size}]. Use session.image_processor to prepare pictures."
+            )
+        return pixels
+
+    def normalised(self, input_ids: Prompts) -> list[np.ndarray]:
+        """Return one int64 array per sample, with -200 as the only image placeholder.
+
+        Raises:
+            InvalidInputError: If a sample is not a row of integers.
+        """
+        num_image_tokens = self.manifest.geometry.num_image_tokens
+        prompts = [np.asarray(ids) for ids in input_ids]
+        for sample, ids in enumerate(prompts):
+            if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+                raise InvalidInputError(
+                    f"Sample {sample} of input_ids is {ids.dtype} of shape {list(ids.shape)}, "
+                    "expected integers in one dimension. Pass [batch, t] ids, or a list with "
+                    "one array per sample."
+                )
+        return [
+            normalise_placeholders(ids, self.manifest.image_token_id, num_image_tokens)
+            for ids in prompts
+        ]
+
+    def lookup(self, ids: np.ndarray) -> np.ndarray:
+        """Return embeddings [..., hidden_size] of token ids [...].
+
+        Raises:
+            InvalidInputError: If an id is outside the vocabulary, or there is no table.
+        """
+        if self._embedding is None:
+            raise InvalidInputError(
+                f"{self._folder} has no token embeddings, so it cannot take token ids."
+            )
+        return self._embedding.lookup(ids)
+
+    def rows(
+        self,
+        input_ids: Prompts,
+        pixel_values: np.ndarray | None,
+        image_features: np.ndarray | None,
+        outputs: np.ndarray | None = None,
+    ) -> PromptRows:
+        """Check prompts against images and return the rows to feed.
+
+        Args:
+            input_ids: [batch, t] int64, or one array per sample.
+            pixel_values: [num_images, 3, image_size, image_size] float32 or None.
+            image_features: [num_images, num_image_tokens, hidden_size] or None.
+            outputs: [batch, j] int64 generated so far, or None.
+
+        Raises:
+            InvalidInputError: If prompts and images do not fit the bundle or each other.
+            CapacityError: If a prompt is longer than `max_length`.
+        """
+        prompts = self.normalised(input_ids)
+        if not prompts:
+            raise InvalidInputError("There is no prompt; expected at least one.")
+        num_images = max(
+            (len(x) for x in (pixel_values, image_features) if x is not None), default=0
+        )
+        # With an image for every prompt or for none, the message can name the sample.
+        has_image: bool | list[bool] = num_images > 0
+        if 0 < num_images < len(prompts):
+            has_image = [bool((ids == IMAGE_PLACEHOLDER_ID).any()) for ids in prompts]
+        check_prompt(
+            prompts, has_image=has_image, vocab_size=self.manifest.geometry.vocab_size
+        )
+        if pixel_values is not None and image_features is None:
+            image_features = self._encode_images(self.checked_pixels(pixel_values))
+        if outputs is not None and len(outputs) != len(prompts):
+            raise InvalidInputError(
+                f"output_ids is for {len(outputs)} samples, the prompts are {len(prompts)}."
+            )
+        self._check_features(image_features)
+        rows = assemble_prompt(prompts, image_features, self.lookup, outputs=outputs)
+        num_outputs = 0 if outputs is None else outputs.shape[1]
+        longest = int(rows.lengths.max()) - num_outputs
+        if longest > self.max_length:
+            raise CapacityError(
+                f"The prompt has {longest} tokens ({int(rows.num_image.max())} of them image "
+                f"tokens), the session has room for {self.max_length}. Shorten the prompt or "
+                "load the bundle with a larger max_length."
+            )
+        return rows
+
+    def _check_features(self, image_features: np.ndarray | None) -> None:
+        if image_features is None:
+            return
+        geometry = self.manifest.geometry
+        shape = np.shape(image_features)
+        # A bare decoder does not know how many rows an image has.
+        num_rows = geometry.num_image_tokens or (shape[1] if len(shape) == 3 else "n")
+        if len(shape) != 3 or shape[1:] != (num_rows, geometry.hidden_size):
+            raise InvalidInputError(
+                f"image_features has shape {list(shape)}, expected [num_images, {num_rows}, "
+                f"{geometry.hidden_size}]. Use session.encode_images to make them."
+            )
+
+    def kept_lengths(self, rows: PromptRows) -> np.ndarray:
+        """Return rows of each sample that go on from `sparse_layer`, [batch] int64."""
+        sparsity = self.manifest.sparsity
+        dropped = [
+            n - sparsity.num_kept_image_tokens(int(n)) if n else 0 for n in rows.num_image
+        ]
+        return rows.lengths - np.array(dropped, np.int64)

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dllava_export.bundles import manifest as bundle
+from dllava_export.bundles.layout import MANIFEST
+from dllava_export.bundles.manifest import (
+    SCHEMA_VERSION,
+    Manifest,
+    new_bundle,
+    read_manifest,
+    write_manifest,
+)
+from dllava_export.errors import BundleError
+from dllava_export.geometry import Geometry, PredictorGeometry
+from dllava_export.sparsity import Sparsity
+
+
+def make_manifest(predictor: PredictorGeometry | None = None) -> Manifest:
+    return Manifest(
+        layout="dynamic-llava",
+        precision="fp16",
+        geometry=Geometry(4, 64, 144, 4, 2, 16, 131, 36, 2, predictor),
+        max_position_embeddings=512,
+        sparsity=Sparsity(policy="uniform", image_keep_tokens=7),
+        image_token_id=-200,
+        image_aspect_ratio="pad",
+        has_visual=True,
+        embedding={"file": "e.safetensors", "offset": 8, "dtype": "F16", "shape": [131, 64]},
+        chat_template=None,
+        eos_token_ids=(2, 5),
+        tensors={},
+        passes={"model.onnx": [{"name": "P", "parameters": {}, "modified": True}]},
+        producer={"dllava-export": "0"},
+        source="somewhere",
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A bundle of two small files."""
+    result = tmp_path / "out"
+    (result / "llm").mkdir(parents=True)
+    (result / "llm" / "model.onnx").write_bytes(b"graph")
+    (result / "llm" / "model.onnx.data").write_bytes(bytes(range(200)) * 100)
+    write_manifest(result, make_manifest())
+    return result
+
+
+def change_manifest(folder: Path, **changes: object) -> None:
+    path = folder / MANIFEST
+    values = json.loads(path.read_text())
+    values = {k: v for k, v in {**values, **changes}.items() if v is not None}
+    path.write_text(json.dumps(values))
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# The manifest.
+
+
+@pytest.mark.parametrize(
+    "predictor",
+    [pytest.param(None, id="no predictor"), pytest.param(PredictorGeometry(), id="predictor")],
+)
+def test_reads_what_was_written(folder, predictor):
+    manifest = make_manifest(predictor)
+    write_manifest(folder, manifest)
+    assert read_manifest(folder) == manifest
+
+
+def test_lists_every_other_file(folder):
+    document = json.loads((folder / MANIFEST).read_text())
+    assert document["schema_version"] == SCHEMA_VERSION
+    assert {name: entry["size"] for name, entry in document["files"].items()} == {
+        "llm/model.onnx": 5,
+        "llm/model.onnx.data": 20000,
+    }
+
+
+def test_leaves_no_temporary_file_beside_the_manifest(folder):
+    assert names_in(folder) == [MANIFEST, "llm"]
+
+
+def test_files_that_were_added_later_are_nobodys_business(folder):
+    (folder / "notes.txt").write_text("mine")
+    assert read_manifest(folder) == make_manifest()
+
+
+def test_reports_a_folder_without_manifest(tmp_path):
+    message = f"{tmp_path} has no {MANIFEST}; expected a bundle. Make one with"
+    with pytest.raises(BundleError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_reports_a_path_that_is_no_folder(tmp_path):
+    with pytest.raises(BundleError, match=r"nothing is not a folder; expected a bundle"):
+        read_manifest(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b'{"schema_version": 1, ', id="truncated"),
+        pytest.param(b"", id="empty"),
+        pytest.param(b"[]", id="not an object"),
+        pytest.param(b"{}", id="no schema version"),
+        pytest.param(b'{"schema_version": 1}', id="no files"),
+        pytest.param(b'{"schema_version": "one", "files": {}}', id="version of no number"),
+        pytest.param(b'{"schema_version": 1, "files": {}}', id="no geometry"),
+        pytest.param(b"\xff\xfe", id="not UTF-8"),
+    ],
+)
+def test_reports_a_damaged_manifest(folder, content):
+    (folder / MANIFEST).write_bytes(content)
+    with pytest.raises(
+        BundleError, match=rf"{MANIFEST} is damaged \(.*\)\. Export the bundle"
+    ):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"unknown": 1}, id="unknown key"),
+        pytest.param({"passes": None}, id="missing key"),
+        pytest.param({"sparsity": {"policy": "best"}}, id="unknown policy"),
+        pytest.param({"geometry": {"predictor": None}}, id="incomplete geometry"),
+        pytest.param({"files": {"llm/model.onnx": {}}}, id="file without size"),
+        pytest.param({"files": ["llm/model.onnx"]}, id="files as a list"),
+        pytest.param({"eos_token_ids": 2}, id="number in place of a list"),
+    ],
+)
+def test_reports_a_manifest_with_wrong_values(folder, changes):
+    change_manifest(folder, **changes)
+    with pytest.raises(BundleError, match=r"is damaged"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [
+        pytest.param(2, "Update dllava-export", id="newer"),
+        pytest.param(0, "Export it again", id="older"),
+    ],
+)
+def test_reports_another_schema_version(folder, version, remedy):
+    change_manifest(folder, schema_version=version)
+    message = rf"schema version {version}; this dllava-export reads version 1\. {remedy}\."
+    with pytest.raises(BundleError, match=message):
+        read_manifest(folder)
+
+
+# The files.
+
+
+def test_reports_a_missing_file(folder):
+    (folder / "llm" / "model.onnx").unlink()
+    with pytest.raises(
+        BundleError, match=r"out lacks llm/model\.onnx\. Copy the whole bundle"
+    ):
+        read_manifest(folder)
+
+
+def test_reports_another_size(folder):
+    (folder / "llm" / "model.onnx").write_bytes(b"graph!")
+    message = r"model\.onnx was changed .* it has 6 bytes, the manifest says 5 bytes"
+    with pytest.raises(BundleError, match=message):
+        read_manifest(folder, verify=False)
+
+
+def test_reports_other_contents_of_the_same_size(folder):
+    (folder / "llm" / "model.onnx").write_bytes(b"grapf")
+    message = r"it has other contents, the manifest says 5 bytes, digest \w{12}….*Export again"
+    with pytest.raises(BundleError, match=message):
+        read_manifest(folder)
+
+
+def test_takes_contents_for_granted_without_verification(folder):
+    (folder / "llm" / "model.onnx").write_bytes(b"grapf")
+    assert read_manifest(folder, verify=False) == make_manifest()
+
+
+@pytest.fixture
+def large_files(monkeypatch):
+    """Treat files above 1000 bytes as large: five samples of 100 bytes each."""
+    monkeypatch.setattr(bundle, "_WHOLE_DIGEST_BYTES", 1000)
+    monkeypatch.setattr(bundle, "_SAMPLE_BYTES", 100)
+    monkeypatch.setattr(bundle, "_NUM_SAMPLES", 5)
+
+
+def poke(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_samples_large_files(large_files, folder):
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    assert files["llm/model.onnx.data"]["sampled"] is True
+    assert "sampled" not in files["llm/model.onnx"]
+    assert read_manifest(folder) == make_manifest()
+
+
+@pytest.mark.parametrize(
+    ("offset", "is_found"),
+    [
+        pytest.param(0, True, id="first byte"),
+        pytest.param(19_999, True, id="last byte"),
+        pytest.param(19_900 // 4, True, id="second sample"),
+        pytest.param(150, False, id="between samples"),
+    ],
+)
+def test_large_files_are_compared_at_samples_only(large_files, folder, offset, is_found):
+    poke(folder / "llm" / "model.onnx.data", offset)
+    if not is_found:
+        assert read_manifest(folder) == make_manifest()
+        return
+    with pytest.raises(BundleError, match=r"model\.onnx\.data was changed"):
+        read_manifest(folder)
+
+
+# A new bundle.
+
+
+def test_becomes_whole_at_the_end(tmp_path):
+    with new_bundle(tmp_path / "out") as folder:
+        (folder / "file").write_text("text")
+        assert not (tmp_path / "out").exists()
+        assert folder.parent == tmp_path
+    assert names_in(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "text"
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_fills_an_empty_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    with new_bundle(tmp_path / "out") as folder:
+        (folder / "file").write_text("text")
+    assert names_in(tmp_path / "out") == ["file"]
+
+
+def test_makes_the_folders_above(tmp_path):
+    with new_bundle(tmp_path / "a" / "b"):
+        pass
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_vanishes_when_something_fails(tmp_path, error):
+    with pytest.raises(error), new_bundle(tmp_path / "out") as folder:
+        (folder / "file").write_text("text")
+        raise error
+    assert names_in(tmp_path) == []
+
+
+def test_reports_a_full_disk(tmp_path):
+    message = r"out failed: No space left on device\. Free some space .* nothing was left"
+    with pytest.raises(BundleError, match=message), new_bundle(tmp_path / "out") as folder:
+        (folder / "file").write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert names_in(tmp_path) == []
+
+
+def test_refuses_a_folder_with_files_in_it(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    message = r"is a folder with files in it; expected a new or empty folder\. Choose another"
+    with pytest.raises(BundleError, match=message), new_bundle(tmp_path):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_refuses_a_file(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    message = r"out is a file; expected a new"
+    with pytest.raises(BundleError, match=message), new_bundle(tmp_path / "out"):
+        pass
+
+
+def test_refuses_a_place_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    message = r"file cannot be written \(.*\)\. Choose a folder you may write\."
+    with pytest.raises(BundleError, match=message), new_bundle(tmp_path / "file" / "out"):
+        pass
+
+
+def test_refuses_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(**_: object) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(bundle.tempfile, "mkdtemp", refuse)
+    message = r"cannot be written \(Permission denied\)\. Choose a folder you may write\."
+    with pytest.raises(BundleError, match=message), new_bundle(tmp_path / "out"):
+        pass
+
+
+def test_a_folder_that_was_filled_meanwhile_stays(tmp_path):
+    out = tmp_path / "out"
+    with (
+        pytest.raises(BundleError, match=r"out failed: .*not empty"),
+        new_bundle(out) as folder,
+    ):
+        (folder / "ours").write_text("ours")
+        out.mkdir()
+        (out / "theirs").write_text("theirs")
+    assert names_in(tmp_path) == ["out"]
+    assert names_in(out) == ["theirs"]
