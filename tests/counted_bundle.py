@@ -51,7 +51,7 @@ def decoder() -> onnx.ModelProto:
     ends = [
         value(make(layer, part), [names.BATCH, 1, capacity, 4])
         for make, layer, part in caches
-        for capacity in [(names.CAPACITY_FULL, names.CAPACITY_SPARSE)[layer]]
+        for capacity in [(names.capacity(names.FULL), names.capacity(names.SPARSE))[layer]]
     ]
     nodes = [
         helper.make_node("MatMul", [names.INPUTS_EMBEDS, "up"], ["wide"]),

@@ -43,7 +43,14 @@ from dllava_export.families.llama_decoder import text_config
 from dllava_export.families.llava import ImageSettings, Layout
 from dllava_export.families.module_shapes import tower_shapes
 from dllava_export.geometry import PredictorConfig
-from dllava_export.precision import _CONFIG_DTYPES, Precision
+from dllava_export.precision import (
+    BF16,
+    FP16,
+    FP32,
+    NUMBER_FORMATS,
+    NumberFormat,
+    format_of_dtype,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, LlamaConfig
@@ -87,7 +94,7 @@ class Checkpoint:
             side and crop the centre).
         sparse_config: The predictors, or None for plain LLaVA.
         tensors: Canonical name → tensor; see `checkpoint_layout`.
-        precision: Type of the decoder's weights; where they differ, the one that holds all.
+        weight_format: Of the decoder's weights; where they differ, the one that holds all.
         tokenizer_files: Tokenizer files in the folder.
         preprocessor: CLIP image processor settings, as in `preprocessor_config.json`.
     """
@@ -105,7 +112,7 @@ class Checkpoint:
     image_aspect_ratio: str
     sparse_config: PredictorConfig | None
     tensors: dict[str, TensorSource] = dataclasses.field(repr=False)
-    precision: Precision
+    weight_format: NumberFormat
     tokenizer_files: tuple[Path, ...]
     preprocessor: dict[str, Any] = dataclasses.field(repr=False)
 
@@ -203,12 +210,13 @@ def random_checkpoint(
 
 def _config_dtype(config: Mapping[str, Any]) -> str:
     name = config.get("torch_dtype") or config.get("dtype") or "float32"
-    if name not in _CONFIG_DTYPES:
+    known = format_of_dtype(name)
+    if known is None:
+        names = ", ".join(f.dtype_name for f in NUMBER_FORMATS.values())
         raise CheckpointError(
-            f"torch_dtype is {name!r}, expected one of {', '.join(_CONFIG_DTYPES)}. "
-            "Change it in config.json."
+            f"torch_dtype is {name!r}, expected one of {names}. Change it in config.json."
         )
-    return _CONFIG_DTYPES[name]
+    return known.stored_name
 
 
 def _model_shapes(
@@ -257,7 +265,7 @@ def _make_checkpoint(
         image_aspect_ratio="pad" if pads else images.image_aspect_ratio,
         sparse_config=model.predictors,
         tensors=tensors,
-        precision=_precision(tensors),
+        weight_format=_weight_format(tensors),
         tokenizer_files=tuple(
             path / name for name in _TOKENIZER_FILES if (path / name).is_file()
         ),
@@ -275,15 +283,13 @@ def _make_checkpoint(
     return checkpoint
 
 
-def _precision(tensors: Mapping[str, TensorSource]) -> Precision:
+def _weight_format(tensors: Mapping[str, TensorSource]) -> NumberFormat:
     decoder = {
         source.dtype
         for name, source in tensors.items()
         if name.startswith(("model.", "lm_head."))
     }
-    if decoder == {DTYPE_NAMES["F16"]}:
-        return "fp16"
-    return "bf16" if decoder == {DTYPE_NAMES["BF16"]} else "fp32"
+    return next((known for known in (FP16, BF16) if decoder == {known.numpy}), FP32)
 
 
 def _find_tower(

@@ -21,7 +21,7 @@ from dllava_export.exporting.options import SparsityOptions, complete_sparsity
 from dllava_export.exporting.report import ExportReport
 from dllava_export.exporting.transform import transform_decoder
 from dllava_export.geometry import Geometry, PredictorGeometry
-from dllava_export.precision import _numpy_dtype
+from dllava_export.precision import BF16, FP16, Precision
 from dllava_export.reporting import resources
 from dllava_export.reporting.stages import show_stages
 from dllava_export.sparsity import Sparsity
@@ -85,8 +85,6 @@ def export(
         ValueError: If a setting is out of range.
     """
     with resources.stage("loading PyTorch"):
-        import torch
-
         from dllava_export.exporting.tracing import trace_decoder, trace_visual
         from dllava_export.exporting.weights import attach_weights, write_embedding
 
@@ -96,20 +94,17 @@ def export(
         checkpoint,
         num_layers=checkpoint.text_config.num_hidden_layers,
     )
-    default = "fp16" if checkpoint.precision == "bf16" else checkpoint.precision
-    precision = precision or default
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if precision not in dtypes:
-        raise ValueError(f"precision must be one of {', '.join(dtypes)}, got {precision!r}.")
+    stored = checkpoint.weight_format
+    chosen = Precision.of(precision or (FP16 if stored == BF16 else stored).name)
     with new_bundle(Path(out)) as folder:
         llm, visual = folder / layout.LLM_FOLDER, folder / layout.VISUAL_FOLDER
         llm.mkdir()
         visual.mkdir()
         with show_stages(progress, _NUM_STAGES) as stage:
             with stage("tracing the decoder"):
-                dense = trace_decoder(checkpoint, dtypes[precision])
+                dense = trace_decoder(checkpoint, chosen.activations.torch)
             with stage("tracing the vision tower"):
-                visual_model = trace_visual(checkpoint, dtypes[precision])
+                visual_model = trace_visual(checkpoint, chosen.activations.torch)
             with stage("sparsifying"):
                 predictors = predictor_model(checkpoint)
                 models, passes = transform_decoder(
@@ -130,7 +125,7 @@ def export(
             embedding = write_embedding(
                 llm,
                 checkpoint.tensors["model.embed_tokens.weight"],
-                _numpy_dtype(precision),
+                chosen.weights.numpy,
                 link=link,
             )
         with resources.stage("writing graphs"):
@@ -139,9 +134,10 @@ def export(
         _write_json(visual / "preprocessor_config.json", checkpoint.preprocessor)
         template, eos, warnings = _copy_tokenizer(checkpoint, llm)
         manifest = Manifest(
+            family="llava",
             layout=checkpoint.layout,
-            precision=precision,
-            geometry=_geometry(checkpoint, precision),
+            precision=chosen,
+            geometry=_geometry(checkpoint),
             max_position_embeddings=checkpoint.text_config.max_position_embeddings,
             sparsity=sparsity,
             image_token_id=checkpoint.image_token_id,
@@ -200,7 +196,7 @@ def predictor_weights(
     return PredictorWeights(tensors, checkpoint.sparse_config.nhead)
 
 
-def _geometry(checkpoint: Checkpoint, precision: str) -> Geometry:
+def _geometry(checkpoint: Checkpoint) -> Geometry:
     config, trained = checkpoint.text_config, checkpoint.sparse_config
     predictor = None
     if trained is not None:
@@ -218,7 +214,6 @@ def _geometry(checkpoint: Checkpoint, precision: str) -> Geometry:
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
         num_image_tokens=checkpoint.num_image_tokens,
-        bytes_per_value=4 if precision == "fp32" else 2,
         predictor=predictor,
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from dllava_export.errors import CheckpointError, UnsupportedModelError
 from dllava_export.families.clip_tower import ProjectorConfig
 from dllava_export.geometry import PredictorConfig
-from dllava_export.names import ORIGINAL_IMAGE_TOKEN_ID
+from dllava_export.names import IMAGE_PLACEHOLDER_ID
 
 __all__ = [
     "ImageSettings",
@@ -193,7 +193,7 @@ def image_settings(
     else:
         layer = config.get("mm_vision_select_layer", -2)
         select = config.get("mm_vision_select_feature", "patch")
-        token_id = ORIGINAL_IMAGE_TOKEN_ID
+        token_id = IMAGE_PLACEHOLDER_ID
         aspect_ratio = config.get("image_aspect_ratio") or "square"
         _check_image_tokens(config, aspect_ratio)
     # hidden_states of CLIP: the embeddings, then the output of every block.

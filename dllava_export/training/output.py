@@ -17,6 +17,7 @@ from dllava_export.exporting.weights import write_safetensors
 from dllava_export.families.clip_tower import CLIP_FACTS
 from dllava_export.families.llama_decoder import LLAMA_KEYS
 from dllava_export.geometry import PredictorConfig
+from dllava_export.precision import NUMBER_FORMATS
 from dllava_export.training.model import PREDICTORS, TrainingModel, canonical_name
 from dllava_export.training.settings import TrainingSettings
 
@@ -33,8 +34,6 @@ _PREFIXES = {
     "image_predictor.": "model.image_score_predictor.",
     "output_text_predictor.": "model.output_text_score_predictor.",
 }
-_NUMPY_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-_TORCH_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Newer transformers keep both of these inside rope_parameters.
 _TEXT_KEYS = tuple(k for k in LLAMA_KEYS if k not in ("rope_scaling", "rope_theta"))
 _VISION_KEYS = (
@@ -71,15 +70,16 @@ def write_checkpoint(
         CheckpointError: If a value does not fit the precision.
         BundleError: If the folder cannot be written.
     """
-    precision = settings.precision or checkpoint.precision
-    dtype = DTYPE_NAMES[_NUMPY_TYPES[precision]]
+    stored = checkpoint.weight_format
+    if settings.precision is not None:
+        stored = NUMBER_FORMATS[settings.precision]
     sources = _trained_sources(model)
     for name, source in checkpoint.tensors.items():
         if not name.startswith(PREDICTORS):
             sources.setdefault(name, source)
     is_linear = checkpoint.projector.num_layers == 1
     tensors = {
-        official_name(name, is_linear): (source, dtype)
+        official_name(name, is_linear): (source, stored.numpy)
         for name, source in sorted(sources.items())
     }
     write_safetensors(out / WEIGHTS, tensors, progress=progress)
@@ -88,7 +88,7 @@ def write_checkpoint(
         shutil.copyfile(path, out / path.name)
     _write_json(out / "preprocessor_config.json", checkpoint.preprocessor)
     config = checkpoint_config(checkpoint, predictors, settings)
-    _write_json(out / CONFIG, {**config, "torch_dtype": _TORCH_TYPES[precision]})
+    _write_json(out / CONFIG, {**config, "torch_dtype": stored.dtype_name})
     return (out / WEIGHTS).stat().st_size
 
 
