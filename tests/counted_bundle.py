@@ -25,7 +25,6 @@ GEOMETRY = Geometry(
     head_dim=4,
     vocab_size=VOCAB,
     num_image_tokens=NUM_IMAGE,
-    bytes_per_value=2,
 )
 SPARSITY = Sparsity(
     "predictor", 1, image_keep_tokens=NUM_KEPT_IMAGE, output_text_keep_rate=0.5

@@ -112,7 +112,8 @@ class TensorRTRTXFactory(_TrtFactory):
             )
             if not can_run:
                 summary += (
-                    f"compute capability {gpus[0].compute_capability} is none of {', '.join(targets)}"
+                    f"compute capability {gpus[0].compute_capability} is none of "
+                    f"{', '.join(targets)}"
                     if gpus
                     else "that needs an NVIDIA GPU, and none is there"
                 )
