@@ -98,3 +98,7 @@ class Backend(Protocol):
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a layer's key and value buffers, [batch, num_kv_heads, capacity, head_dim]."""
         ...
+
+    def set_cache(self, layer: int, key: np.ndarray, value: np.ndarray) -> None:
+        """Write the first rows of a layer's buffers, [batch, num_kv_heads, rows, head_dim]."""
+        ...

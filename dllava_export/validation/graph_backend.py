@@ -119,6 +119,11 @@ class GraphBackend:
         """Return a layer's key and value buffers, [batch, num_kv_heads, capacity, head_dim]."""
         return self._caches[names.past(layer, "key")], self._caches[names.past(layer, "value")]
 
+    def set_cache(self, layer: int, key: np.ndarray, value: np.ndarray) -> None:
+        """Write the first rows of a layer's buffers, [batch, num_kv_heads, rows, head_dim]."""
+        for cache, rows in zip(self.cache(layer), (key, value), strict=True):
+            cache[:, :, : rows.shape[2]] = rows
+
     def _open(self, marked: MarkedModel) -> ort.InferenceSession:
         llm = self._folder / layout.LLM_FOLDER
         return open_session(marked.model, folder=llm, num_threads=self._num_threads)
