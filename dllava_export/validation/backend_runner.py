@@ -120,7 +120,9 @@ class BackendRunner(BaseRunner):
             (feed[names.past(layer, "key")], feed[names.past(layer, "value")])
             for layer in range(self._manifest.geometry.num_layers)
         ]
-        self._backend.allocate(_plan(self._manifest, [len(key[0, 0]) for key, _ in pasts], inputs))
+        self._backend.allocate(
+            _plan(self._manifest, [len(key[0, 0]) for key, _ in pasts], inputs)
+        )
         for layer, (key, value) in enumerate(pasts):
             self._backend.set_cache(layer, key, value)
         is_one_row = inputs.position_ids.shape[1] == 1
@@ -180,7 +182,9 @@ def _step_inputs(feed: Arrays) -> StepInputs:
         names.WRITE_INDEX_SPARSE: np.zeros(batch, np.int64),
         **feed,
     }
-    return StepInputs(**{each.name: values[each.name] for each in dataclasses.fields(StepInputs)})
+    return StepInputs(
+        **{each.name: values[each.name] for each in dataclasses.fields(StepInputs)}
+    )
 
 
 @contextlib.contextmanager

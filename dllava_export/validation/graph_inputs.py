@@ -150,9 +150,7 @@ def save_graph_inputs(
             "CPU have. Export it with --precision fp16 or fp32 to look at it in polygraphy."
         )
     with new_bundle(folder) as partial:
-        conversation = conversation_for(
-            bundle, manifest, settings, image=image, prompt=prompt
-        )
+        conversation = conversation_for(bundle, manifest, settings, image=image, prompt=prompt)
         files = [
             _written(partial, folder, name, graph, use, feed)
             for name, (graph, use, feed) in _feeds(
