@@ -120,9 +120,8 @@ class BackendRunner(BaseRunner):
             (feed[names.past(layer, "key")], feed[names.past(layer, "value")])
             for layer in range(self._manifest.geometry.num_layers)
         ]
-        self._backend.allocate(
-            _plan(self._manifest, [len(key[0, 0]) for key, _ in pasts], inputs)
-        )
+        capacities = [key.shape[2] for key, _ in pasts]
+        self._backend.allocate(_plan(self._manifest, capacities, inputs))
         for layer, (key, value) in enumerate(pasts):
             self._backend.set_cache(layer, key, value)
         is_one_row = inputs.position_ids.shape[1] == 1
@@ -157,7 +156,7 @@ def _open(folder: Path, manifest: Manifest, backend: str, provider: str | None) 
 
 
 def _plan(manifest: Manifest, capacities: list[int], inputs: StepInputs) -> KVPlan:
-    """Return cache buffers as large as those that were fed."""
+    """Return cache buffers as large as those that were fed, one capacity per layer."""
     num_layers = len(capacities)
     num_full = num_layers if manifest.sparsity.is_dense else manifest.sparsity.sparse_layer
     geometry = manifest.geometry
