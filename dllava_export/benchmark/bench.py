@@ -16,11 +16,11 @@ from pathlib import Path
 
 from dllava_export.benchmark.bench_report import BenchReport, Measurement
 from dllava_export.benchmark.bench_settings import BenchSettings
-from dllava_export.benchmark.bundle_session import DENSE_SPARSITY
 from dllava_export.benchmark.bundle_subjects import BundleSubject, SessionSubject, TorchSubject
 from dllava_export.benchmark.machine import machine_line, wait_for_idle_threads
 from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.errors import BackendError
+from dllava_export.sparsity import DENSE
 
 __all__ = ["run_bench"]
 
@@ -99,7 +99,7 @@ def _subject_makers(
     else:
         makers["sparse"] = lambda: SessionSubject(folder, settings, own)
     if own.is_dense or settings.backend == "onnxruntime":
-        makers["dense"] = lambda: SessionSubject(folder, settings, DENSE_SPARSITY)
+        makers["dense"] = lambda: SessionSubject(folder, settings, DENSE)
     else:
         left_out.append(
             f"dense: the engines of {settings.backend} are the sparse decoder's; export with "
@@ -176,7 +176,7 @@ def _measure_memory(folder: Path, settings: BenchSettings, name: str) -> int:
         subject: BundleSubject = TorchSubject(folder, settings)
     else:
         manifest = read_manifest(folder, verify=False)
-        sparsity = manifest.sparsity if name == "sparse" else DENSE_SPARSITY
+        sparsity = manifest.sparsity if name == "sparse" else DENSE
         subject = SessionSubject(folder, settings, sparsity)
     subject.prefill()
     for _ in range(settings.decode_steps):

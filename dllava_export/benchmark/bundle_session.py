@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from dllava_export.runtime.session import Session
 
 
-__all__ = ["DENSE_SPARSITY", "open_bundle", "pretend_generated"]
-
-DENSE_SPARSITY = Sparsity(policy="none", output_text_keep_rate=1.0)
+__all__ = ["open_bundle", "pretend_generated"]
 
 _ROW_VALUE = 0.01
 
@@ -26,7 +24,7 @@ def open_bundle(folder: Path, sparsity: Sparsity, num_threads: int) -> Session:
 
     Args:
         folder: The bundle.
-        sparsity: The bundle's own, or `DENSE_SPARSITY`.
+        sparsity: The bundle's own, or `DENSE`.
         num_threads: CPU threads.
 
     Raises:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from dllava_export.benchmark.bundle_session import (
-    DENSE_SPARSITY,
     open_bundle,
     pretend_generated,
 )
@@ -16,7 +15,7 @@ from dllava_export.benchmark.random_model import RandomModel
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE, Sparsity
 
 __all__ = ["DenseSubject", "SparseSubject"]
 
@@ -133,7 +132,7 @@ class DenseSubject(_SessionSubject):
     """The bundle's dense graph."""
 
     def __init__(self, model: RandomModel) -> None:
-        super().__init__(model, DENSE_SPARSITY)
+        super().__init__(model, DENSE)
 
 
 class _TimedRuns:
