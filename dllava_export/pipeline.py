@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dllava_export.passes.base import Pass
-    from dllava_export.passes.policies.predictor import PredictorWeights
+    from dllava_export.passes.policies.weights import PredictorWeights
     from dllava_export.sparsity import Sparsity
 
 
@@ -50,7 +50,7 @@ def decoder_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> list
     if sparsity.has_keep_bit:
         # Last: it rewinds the write index that the image selection introduced.
         steps.append(
-            InsertKeepBitPass(sparsity.policy, sparsity.output_text_keep_rate, weights)
+            InsertKeepBitPass(sparsity.text_policy, sparsity.output_text_keep_rate, weights)
         )
     return steps
 
@@ -67,7 +67,7 @@ def recompute_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> li
         # After the image selection: it competes among the rows that one left.
         steps.append(
             InsertOutputTextSelectionPass(
-                sparsity.policy, sparsity.output_text_keep_rate, weights
+                sparsity.text_policy, sparsity.output_text_keep_rate, weights
             )
         )
     return steps

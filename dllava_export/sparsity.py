@@ -5,9 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 
-__all__ = ["POLICIES", "Sparsity", "num_kept_tokens"]
+from dllava_export.passes.policies.registry import (
+    NO_POLICY,
+    built_in_policy,
+    text_policy_names,
+)
 
-POLICIES = ("predictor", "random", "uniform", "norm", "none")
+__all__ = ["DEFAULT_POLICY", "DENSE", "Sparsity", "num_kept_tokens"]
+
+DEFAULT_POLICY = "predictor"
 
 
 def num_kept_tokens(num_image_tokens: int, keep_rate: float) -> int:
@@ -27,27 +33,29 @@ def _check_rate(name: str, rate: float) -> None:
 class Sparsity:
     """Sparsification settings of one bundle.
 
+    Settings without an effect take their defaults, so that what prunes alike compares equal;
+    every dense one is `DENSE`. A policy of another package need not be installed: a bundle
+    holds its nodes and runs without it. Who adds nodes asks the registry.
+
     Attributes:
-        policy: What scores tokens: `predictor` (trained), `random`, `uniform`, `norm`, or
+        policy: What scores image tokens: a name that `passes/policies/registry.py` knows, or
             `none` for a dense decoder.
         sparse_layer: First decoder layer (0-based) that sees only kept tokens; at least 1.
         image_keep_rate: Share of image tokens kept, in (0, 1].
         image_keep_tokens: Number of image tokens kept; overrides `image_keep_rate`.
         output_text_keep_rate: Expected share of generated tokens whose keys and values are
             stored from `sparse_layer` on, in (0, 1]. At 1.0 there is no keep bit.
+        output_text_policy: What decides about generated tokens; None for `policy` itself.
     """
 
-    policy: str = "predictor"
+    policy: str = DEFAULT_POLICY
     sparse_layer: int = 2
     image_keep_rate: float = 0.2
     image_keep_tokens: int | None = None
     output_text_keep_rate: float = 0.5
+    output_text_policy: str | None = None
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(
-                f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}."
-            )
         if self.sparse_layer < 1:
             raise ValueError(
                 f"sparse_layer must be at least 1, got {self.sparse_layer}: "
@@ -59,22 +67,51 @@ class Sparsity:
             raise ValueError(
                 f"image_keep_tokens must be at least 1, got {self.image_keep_tokens}."
             )
-        if self.policy == "norm" and self.output_text_keep_rate < 1:
+        self._normalise()
+        if self.has_keep_bit:
+            self._check_text_policy()
+
+    def _normalise(self) -> None:
+        values: dict[str, object] = {}
+        if self.is_dense:
+            values = {field.name: field.default for field in dataclasses.fields(self)}
+            values |= {"policy": NO_POLICY, "output_text_keep_rate": 1.0}
+        elif self.output_text_policy == self.policy or not self.has_keep_bit:
+            values = {"output_text_policy": None}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the class is frozen
+
+    def _check_text_policy(self) -> None:
+        policy = built_in_policy(self.text_policy)
+        if policy is not None and not policy.decides_text:
             raise ValueError(
-                "policy 'norm' ranks image tokens and has no decision for a single generated "
-                f"token, but output_text_keep_rate is {self.output_text_keep_rate}. "
-                "Use output_text_keep_rate 1.0, or policy predictor, random or uniform."
+                f"policy {policy.name!r} ranks image tokens and has no decision for a single "
+                f"generated token, but output_text_keep_rate is {self.output_text_keep_rate}. "
+                "Use output_text_keep_rate 1.0, or an output_text_policy: "
+                f"{', '.join(text_policy_names())}."
             )
 
     @property
     def is_dense(self) -> bool:
         """True where nothing is pruned and no selection is inserted."""
-        return self.policy == "none"
+        return self.policy == NO_POLICY
 
     @property
     def has_keep_bit(self) -> bool:
         """True where generated tokens are pruned from the KV cache."""
         return not self.is_dense and self.output_text_keep_rate < 1
+
+    @property
+    def text_policy(self) -> str:
+        """Name of what decides about generated tokens, where `has_keep_bit`."""
+        return self.output_text_policy or self.policy
+
+    @property
+    def policy_text(self) -> str:
+        """What prunes, for people: the policy, and that of generated tokens if it is another."""
+        if self.output_text_policy is None:
+            return self.policy
+        return f"{self.policy} (generated tokens: {self.output_text_policy})"
 
     def num_kept_image_tokens(self, num_image_tokens: int) -> int:
         """Return how many of `num_image_tokens` survive; 0 of 0, where there is no image.
@@ -94,3 +131,7 @@ class Sparsity:
                 f"{num_image_tokens}. Change the image keep rate or the number of kept tokens."
             )
         return kept
+
+
+DENSE = Sparsity(NO_POLICY)
+"""Nothing is pruned."""

@@ -31,8 +31,9 @@ from dllava_export.passes.graph_builder import GraphBuilder, find_input
 from dllava_export.passes.insert_kv_cache import insert_next_write_index
 from dllava_export.passes.patterns import producer
 from dllava_export.passes.policies.base import ImageRows
-from dllava_export.passes.policies.predictor import PredictorWeights
-from dllava_export.passes.policies.registry import IMAGE_POLICIES, insert_image_scores
+from dllava_export.passes.policies.registry import get_policy
+from dllava_export.passes.policies.scores import check_scores
+from dllava_export.passes.policies.weights import PredictorWeights
 from dllava_export.passes.row_selection import (
     insert_row_selection,
     insert_select_tokens,
@@ -47,9 +48,9 @@ class InsertImageSelectionPass(Pass):
     """Insert scoring, selection and gathers before layer `sparse_layer`.
 
     Attributes:
-        policy: `predictor`, `random`, `uniform` or `norm`.
+        policy: Name of what scores image rows; see `policies/registry.py`.
         sparse_layer: First decoder layer, 0-based, that sees only kept rows; at least 1.
-        weights: Trained predictors, for `predictor`.
+        weights: Trained predictors, for policies that need them.
     """
 
     policy: str
@@ -57,10 +58,7 @@ class InsertImageSelectionPass(Pass):
     weights: PredictorWeights | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.policy not in IMAGE_POLICIES:
-            raise ValueError(
-                f"policy must be one of {', '.join(IMAGE_POLICIES)}, got {self.policy!r}."
-            )
+        get_policy(self.policy)  # refuses names that are not known
 
     def requires(self, graph: gs.Graph) -> None:
         """Row kinds and positions must be inputs; the layer must exist."""
@@ -98,9 +96,14 @@ class InsertImageSelectionPass(Pass):
         kept_lengths = builder.graph_input(names.KEPT_LENGTHS, np.int64, [names.BATCH])
         token_kind = find_input(graph, names.TOKEN_KIND)
         rows = ImageRows(
-            hidden, find_input(graph, names.POSITION_IDS), token_kind, lengths, kept_lengths
+            hidden_states=hidden,
+            position_ids=find_input(graph, names.POSITION_IDS),
+            token_kind=token_kind,
+            row_lengths=lengths,
+            kept_lengths=kept_lengths,
         )
-        scores = insert_image_scores(builder, self.policy, rows, self.weights)
+        scores = get_policy(self.policy).score(builder, rows, self.weights)
+        check_scores(self.policy, scores, hidden)
         kept = insert_select_tokens(
             builder, scores, token_kind, num_kept, kept_lengths, names.NUM_KEPT_DIM
         )

@@ -25,8 +25,9 @@ from dllava_export.passes.decoder_layers import find_decoder_layers
 from dllava_export.passes.graph_builder import GraphBuilder, find_input, find_output
 from dllava_export.passes.insert_image_selection import find_image_selection
 from dllava_export.passes.patterns import descendants, producer
-from dllava_export.passes.policies.predictor import PredictorWeights
-from dllava_export.passes.policies.registry import check_text_policy, insert_text_decision
+from dllava_export.passes.policies.base import TextRows
+from dllava_export.passes.policies.registry import check_text_policy, get_policy
+from dllava_export.passes.policies.weights import PredictorWeights
 
 __all__ = ["InsertKeepBitPass"]
 
@@ -36,9 +37,10 @@ class InsertKeepBitPass(Pass):
     """Insert the keep bit and let the sparse write index depend on it.
 
     Attributes:
-        policy: `predictor`, `random` or `uniform`.
-        keep_rate: Share of generated tokens to keep, in (0, 1); the predictor ignores it.
-        weights: Trained predictors, for `predictor`.
+        policy: Name of what decides about generated tokens; see `policies/registry.py`.
+        keep_rate: Share of generated tokens to keep, in (0, 1); a trained predictor has a
+            threshold of its own.
+        weights: Trained predictors, for policies that need them.
     """
 
     policy: str
@@ -89,9 +91,9 @@ class InsertKeepBitPass(Pass):
         last = _last_row(builder, hidden, "hidden_states")
         last_position = _last_row(builder, positions, "position_ids")
         last_kind = _last_row(builder, token_kind, "token_kind")
-        _, decision = insert_text_decision(
-            builder, self.policy, last, last_position, self.keep_rate, self.weights
-        )
+        rows = TextRows(hidden_states=last, position_ids=last_position)
+        policy = get_policy(self.policy)
+        _, decision = policy.keep_token(builder, rows, self.keep_rate, self.weights)
         generated = builder.scalar(names.GENERATED_TEXT, np.int64)
         is_generated = builder.op(
             "Equal", [last_kind, generated], "is_generated", bool, column

@@ -25,8 +25,10 @@ from dllava_export.passes.base import Pass
 from dllava_export.passes.decoder_layers import find_decoder_layers
 from dllava_export.passes.graph_builder import GraphBuilder, find_input, find_output
 from dllava_export.passes.insert_image_selection import ImageSelection, find_image_selection
-from dllava_export.passes.policies.predictor import PredictorWeights
-from dllava_export.passes.policies.registry import check_text_policy, insert_text_decision
+from dllava_export.passes.policies.base import TextRows
+from dllava_export.passes.policies.registry import check_text_policy, get_policy
+from dllava_export.passes.policies.scores import check_scores
+from dllava_export.passes.policies.weights import PredictorWeights
 from dllava_export.passes.row_selection import (
     insert_row_selection,
     insert_select_tokens,
@@ -43,9 +45,10 @@ class InsertOutputTextSelectionPass(Pass):
     """Insert the second selection of the recompute graph, over generated rows.
 
     Attributes:
-        policy: `predictor`, `random` or `uniform`.
-        keep_rate: Share of generated tokens to keep, in (0, 1); the predictor ignores it.
-        weights: Trained predictors, for `predictor`.
+        policy: Name of what decides about generated tokens; see `policies/registry.py`.
+        keep_rate: Share of generated tokens to keep, in (0, 1); a trained predictor has a
+            threshold of its own.
+        weights: Trained predictors, for policies that need them.
     """
 
     policy: str
@@ -75,9 +78,10 @@ class InsertOutputTextSelectionPass(Pass):
         builder = GraphBuilder(graph, f"layers.{selection.layer}/select_text/{self.policy}")
         kinds, is_candidate = _candidates(graph, builder, selection)
         positions = _gather(builder, find_input(graph, names.POSITION_IDS), selection)
-        scores, keep = insert_text_decision(
-            builder, self.policy, hidden, positions, self.keep_rate, self.weights
-        )
+        rows = TextRows(hidden_states=hidden, position_ids=positions)
+        policy = get_policy(self.policy)
+        scores, keep = policy.keep_token(builder, rows, self.keep_rate, self.weights)
+        check_scores(self.policy, scores, hidden)
         lengths = _kept_lengths(graph, builder, is_candidate, keep)
         longest = builder.op(
             "ReduceMax", [lengths, builder.ints(0)], "num_kept", np.int64, [1], keepdims=1

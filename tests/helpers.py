@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from dllava_export import names
 from dllava_export.passes.base import Pass
 from dllava_export.passes.graph_io import graph_from_model, model_from_graph
-from dllava_export.passes.policies.predictor import PredictorWeights
+from dllava_export.passes.policies.weights import PredictorWeights
 
 TOLERANCES = {
     # Largest difference measured in these tests over 1 + |value|, with values up to 6.4:

@@ -17,12 +17,12 @@ from pathlib import Path
 from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.benchmark.bench_report import BenchReport, Measurement
 from dllava_export.benchmark.bench_settings import BenchSettings
-from dllava_export.benchmark.bundle_session import DENSE_SPARSITY
 from dllava_export.benchmark.bundle_subjects import BundleSubject, SessionSubject, TorchSubject
 from dllava_export.benchmark.machine import machine_line, wait_for_idle_threads
 from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.errors import BackendError
 from dllava_export.precision import Precision
+from dllava_export.sparsity import DENSE
 
 __all__ = ["run_bench"]
 
@@ -101,7 +101,7 @@ def _subject_makers(
     else:
         makers["sparse"] = lambda: SessionSubject(folder, settings, own)
     if own.is_dense or settings.backend == DEFAULT_BACKEND:
-        makers["dense"] = lambda: SessionSubject(folder, settings, DENSE_SPARSITY)
+        makers["dense"] = lambda: SessionSubject(folder, settings, DENSE)
     else:
         left_out.append(
             f"dense: the engines of {settings.backend} are the sparse decoder's; export with "
@@ -178,7 +178,7 @@ def _measure_memory(folder: Path, settings: BenchSettings, name: str) -> int:
         subject: BundleSubject = TorchSubject(folder, settings)
     else:
         manifest = read_manifest(folder, verify=False)
-        sparsity = manifest.sparsity if name == "sparse" else DENSE_SPARSITY
+        sparsity = manifest.sparsity if name == "sparse" else DENSE
         subject = SessionSubject(folder, settings, sparsity)
     subject.prefill()
     for _ in range(settings.decode_steps):

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from dllava_export.runtime.session import Session
 
 
-__all__ = ["DENSE_SPARSITY", "open_bundle"]
-
-DENSE_SPARSITY = Sparsity(policy="none", output_text_keep_rate=1.0)
+__all__ = ["open_bundle"]
 
 
 def open_bundle(
@@ -30,7 +28,7 @@ def open_bundle(
 
     Args:
         folder: The bundle.
-        sparsity: The bundle's own, or `DENSE_SPARSITY`.
+        sparsity: The bundle's own, or `DENSE`.
         num_threads: CPU threads.
         wrap_session: See `OrtBackend`.
 

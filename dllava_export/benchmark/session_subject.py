@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from dllava_export.benchmark.bundle_session import (
-    DENSE_SPARSITY,
     open_bundle,
 )
 from dllava_export.benchmark.random_model import RandomModel
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE, Sparsity
 
 __all__ = ["DenseSubject", "SparseSubject"]
 
@@ -161,7 +160,7 @@ class DenseSubject(_SessionSubject):
     def __init__(
         self, model: RandomModel, wrap_session: Callable[[Any], Any] = lambda session: session
     ) -> None:
-        super().__init__(model, DENSE_SPARSITY, wrap_session)
+        super().__init__(model, DENSE, wrap_session)
 
 
 class _TimedRuns:

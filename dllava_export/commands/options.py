@@ -10,8 +10,9 @@ import click
 
 from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.commands.command import Command
+from dllava_export.commands.policy_option import PolicyName, PolicyOption
 from dllava_export.commands.registry_choice import RegistryChoice
-from dllava_export.sparsity import POLICIES
+from dllava_export.sparsity import DEFAULT_POLICY
 
 __all__ = [
     "RATE",
@@ -36,9 +37,10 @@ def sparsity_options(function: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.option(
             "--policy",
-            type=click.Choice(POLICIES),
-            help="What scores tokens. predictor is trained; none exports a dense decoder."
-            "  [default: predictor]",
+            cls=PolicyOption,
+            type=PolicyName(decides_text=False),
+            help="What scores tokens. {policies}; none: a dense decoder."
+            f"  [default: {DEFAULT_POLICY}]",
         ),
         click.option(
             "--sparse-layer",
@@ -57,11 +59,18 @@ def sparsity_options(function: Callable[..., None]) -> Callable[..., None]:
             help="Number of image tokens kept, instead of a rate.",
         ),
         click.option(
+            "--output-text-policy",
+            type=PolicyName(decides_text=True),
+            help="What decides about generated tokens, where it is another."
+            "  [default: the policy, where it decides about them; else all are kept]",
+        ),
+        click.option(
             "--output-text-keep-rate",
             type=RATE,
             help="Share of generated tokens whose keys and values stay from the sparse layer "
-            "on, in (0, 1]. The predictor decides by its own threshold; the rate then sizes "
-            "the cache. 1.0 keeps all.  [default: as trained, else 0.5; 1.0 for norm]",
+            "on, in (0, 1]. A trained predictor decides by its own threshold; the rate then "
+            "sizes the cache. 1.0 keeps all.  [default: as trained, else 0.5; 1.0 where the "
+            "policy has no decision]",
         ),
     ]
     for option in reversed(options):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from dllava_export import names
 from dllava_export.backends.cache_groups import CacheGroup, cache_groups
 from dllava_export.backends.kv_plan import bytes_per_row
-from dllava_export.geometry import Geometry, PredictorGeometry
+from dllava_export.geometry import Geometry
+from dllava_export.passes.policies.registry import get_policy
 from dllava_export.precision import Precision
 from dllava_export.sparsity import Sparsity
 
@@ -105,9 +105,9 @@ def exact_flops(
     Counted, per decoder layer and row: the projections q, k, v, o (with `num_kv_heads`), gate,
     up and down; attention scores and weighted values over the rows that are visible (causal:
     row i attends to i + 1 rows, itself included). Once per run: the language model head, on
-    one row. With policy `predictor`: the image predictor on all image tokens in the prefill
-    (its linear layers and its full attention), and the output-text predictor on each token
-    that is fed in decode, if generated tokens are pruned.
+    one row. Of the policies, what they count themselves: scoring the image in the prefill, and
+    deciding about each token that is fed in decode, if generated tokens are pruned. Those of
+    the predictors are their linear layers and the image predictor's full attention.
 
     Not counted: embeddings, norms, rotary embedding, softmax, activations, biases, residual
     additions, top-k and gathers; the vision tower and the projector.
@@ -124,27 +124,21 @@ def exact_flops(
         output_len: Generated tokens, at least 1.
 
     Raises:
-        ValueError: If `output_len` is below 1, the policy is `predictor` and the geometry has
-            no predictor, or the settings do not fit the model.
+        ValueError: If `output_len` is below 1, a policy is not known or needs a predictor that
+            the geometry lacks, or the settings do not fit the model.
     """
     if output_len < 1:
         raise ValueError(f"output_len must be at least 1, got {output_len}.")
     rows = rows_per_layer(geometry, sparsity, prompt_text_len)
-    has_predictor = sparsity.policy == "predictor"
-    if has_predictor and geometry.predictor is None:
-        raise ValueError(
-            "policy is 'predictor', but the geometry has no predictor; expected its sizes. "
-            "Pass predictor=PredictorGeometry(...)."
-        )
     linear = _linear_flops_per_row(geometry)
     attention = 4 * geometry.num_heads * geometry.head_dim  # per pair of rows
     head = 2 * geometry.hidden_size * geometry.vocab_size
     prefill = head + sum(n * linear + n * (n + 1) // 2 * attention for n in rows)
     step_fixed = head + geometry.num_layers * linear
-    if has_predictor:
-        prefill += _image_predictor_flops(geometry)
-        if sparsity.has_keep_bit:
-            step_fixed += _text_predictor_flops(geometry)
+    if not sparsity.is_dense:
+        prefill += get_policy(sparsity.policy).image_flops(geometry)
+    if sparsity.has_keep_bit:
+        step_fixed += get_policy(sparsity.text_policy).text_flops(geometry)
 
     num_steps = output_len - 1
     rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0
@@ -208,25 +202,3 @@ def _linear_flops_per_row(geometry: Geometry) -> int:
     attention = 2 * geometry.hidden_size * (query + key)  # q and o, k and v
     mlp = 3 * geometry.hidden_size * geometry.intermediate_size  # gate, up, down
     return 2 * (attention + mlp)
-
-
-def _output_mlp_macs(predictor: PredictorGeometry) -> int:
-    widths = (predictor.d_model, predictor.d_model // 2, predictor.d_model // 4, 2)
-    return sum(a * b for a, b in itertools.pairwise(widths))
-
-
-def _image_predictor_flops(geometry: Geometry) -> int:
-    predictor = geometry.predictor
-    assert predictor is not None
-    rows, width = geometry.num_image_tokens, predictor.d_model
-    # qkv and output projection, MLP; then scores and values over all pairs of rows.
-    block_row = 4 * width**2 + 2 * width * predictor.dim_feedforward
-    block = rows * block_row + 2 * rows**2 * width
-    ends = rows * (geometry.hidden_size * width + _output_mlp_macs(predictor))
-    return 2 * (ends + predictor.num_layers * block)
-
-
-def _text_predictor_flops(geometry: Geometry) -> int:
-    predictor = geometry.predictor
-    assert predictor is not None
-    return 2 * (geometry.hidden_size * predictor.d_model + _output_mlp_macs(predictor))

@@ -23,11 +23,9 @@ from dllava_export.reporting.comparison_table import (
     compare,
     table_lines,
 )
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE, Sparsity
 
 __all__ = ["InspectionReport", "inspect_geometry"]
-
-_DENSE = Sparsity(policy="none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +132,7 @@ class InspectionReport:
         if self.sparsity.has_keep_bit:
             stored = f"about {self.sparsity.output_text_keep_rate:.0%} of generated tokens"
         return (
-            f"policy {self.sparsity.policy}; from layer {self.sparsity.sparse_layer} on "
+            f"policy {self.sparsity.policy_text}; from layer {self.sparsity.sparse_layer} on "
             f"{self._num_kept} of {self.geometry.num_image_tokens} image tokens and {stored}"
         )
 
@@ -184,7 +182,7 @@ def inspect_geometry(
     Raises:
         ValueError: If the settings do not fit the model.
     """
-    settings = (_DENSE, sparsity)
+    settings = (DENSE, sparsity)
     rows = [rows_per_layer(geometry, setting, prompt_text_len) for setting in settings]
     paper = [
         paper_flops(geometry.hidden_size, rows_per_layer(geometry, setting, 0))

@@ -29,7 +29,7 @@ from dllava_export.reporting.comparison_table import (
     table_lines,
 )
 from dllava_export.reporting.resources import stage
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE, Sparsity
 
 __all__ = [
     "ASSUMPTIONS",
@@ -51,8 +51,6 @@ ASSUMPTIONS = (
     "Decoder and vision graph keep the memory of their activations at the same time.",
     f"CUDA context, kernels and workspace take {format_bytes(RUNTIME_BYTES)}. Not measured.",
 )
-
-_DENSE = Sparsity(policy="none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +315,7 @@ def plan_memory(folder: str | Path, request: PlanRequest) -> MemoryPlan:
         )
 
     num_rows = request.max_input_len
-    dense = estimate(_DENSE, Rows(num_rows, num_rows, 0))
+    dense = estimate(DENSE, Rows(num_rows, num_rows, 0))
     scored = 0 if manifest.sparsity.is_dense else num_image
     sparse = estimate(manifest.sparsity, Rows(num_rows, num_kept, scored))
     _check_room(folder, manifest, sparse)

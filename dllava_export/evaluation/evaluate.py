@@ -245,7 +245,7 @@ def _ask_all(
         answers.update(zip(batch, found, strict=True))
         on_answers(len(batch))
     seconds = (time.perf_counter() - start) / len(questions)
-    policy = reader.manifest.sparsity.policy
+    policy = reader.manifest.sparsity.policy_text
     in_order = tuple(answers[index] for index in range(len(questions)))
     return BundleResult(name, reader.path, policy, in_order, seconds)
 

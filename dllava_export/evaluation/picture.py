@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dllava_export.passes.policies.registry import find_policy
 from dllava_export.reporting.output_files import save_plot
 
 if TYPE_CHECKING:
@@ -190,9 +191,9 @@ class _Page:
             axes.set_facecolor("#f5f6f8")
             _bare(axes)
             return
-        is_predictor = trace.manifest.sparsity.policy == "predictor"
-        title = "Scores: log-probability to keep" if is_predictor else "Scores"
-        self._draw_title(title, top - 0.28, left)
+        policy = find_policy(trace.manifest.sparsity.policy)
+        meaning = "" if policy is None else policy.score_meaning
+        self._draw_title(f"Scores: {meaning}" if meaning else "Scores", top - 0.28, left)
         axes = self._axes(left, top, _PANEL, _PANEL)
         image = axes.imshow(trace.scores.reshape(kept.shape), cmap="viridis")
         self._outline(axes, kept, "white")
@@ -334,6 +335,6 @@ def _describe(trace: AnswerTrace) -> str:
     if sparsity.is_dense:
         return "dense decoder: nothing is dropped"
     return (
-        f"policy {sparsity.policy}, from layer {sparsity.sparse_layer} on; KV cache at the end: "
-        f"{trace.kv_share:.0%} of dense"
+        f"policy {sparsity.policy_text}, from layer {sparsity.sparse_layer} on; KV cache at the "
+        f"end: {trace.kv_share:.0%} of dense"
     )

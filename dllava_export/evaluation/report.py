@@ -127,7 +127,7 @@ class BundleResult:
     Attributes:
         name: Its folder's name, or its path where two bundles have the same.
         path: Its folder.
-        policy: Its policy; `none` for a dense decoder.
+        policy: What prunes, as `Sparsity.policy_text` has it; `none` for a dense decoder.
         answers: One for each question, in their order.
         seconds_per_question: Time of everything, from image file to text.
     """

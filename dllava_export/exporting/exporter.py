@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import onnx
 
     from dllava_export.checkpoints.checkpoint import Checkpoint
-    from dllava_export.passes.policies.predictor import PredictorWeights
+    from dllava_export.passes.policies.weights import PredictorWeights
 
 
 __all__ = ["export", "predictor_model", "resolve_sparsity"]
@@ -188,7 +188,7 @@ def predictor_weights(
     predictors: onnx.ModelProto | None, checkpoint: Checkpoint
 ) -> PredictorWeights | None:
     """Return predictors as the passes take them."""
-    from dllava_export.passes.policies.predictor import PredictorWeights
+    from dllava_export.passes.policies.weights import PredictorWeights
 
     if predictors is None or checkpoint.sparse_config is None:
         return None

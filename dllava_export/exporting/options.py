@@ -6,12 +6,21 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from dllava_export.errors import UnsupportedModelError
-from dllava_export.sparsity import Sparsity
+from dllava_export.passes.policies.registry import (
+    NO_POLICY,
+    check_text_policy,
+    describe_unknown,
+    find_policy,
+    policy_names,
+    untrained_policy_names,
+)
+from dllava_export.sparsity import DEFAULT_POLICY, DENSE, Sparsity
 
 if TYPE_CHECKING:
     from dllava_export.geometry import PredictorConfig
+    from dllava_export.passes.policies.base import Policy
 
-__all__ = ["SparsityOptions", "complete_sparsity"]
+__all__ = ["SparsityOptions", "complete_sparsity", "untrained_choices"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +32,13 @@ class SparsityOptions:
     image_keep_rate: float | None = None
     image_keep_tokens: int | None = None
     output_text_keep_rate: float | None = None
+    output_text_policy: str | None = None
+
+
+def untrained_choices() -> str:
+    """Return what to choose where there are no predictors, for messages."""
+    names = ", ".join(untrained_policy_names())
+    return f"--policy {names}, or {NO_POLICY} for a dense decoder"
 
 
 def complete_sparsity(
@@ -45,26 +61,30 @@ def complete_sparsity(
         remedy: How to get predictors, for messages.
 
     Raises:
+        DllavaExportError: If the package that provides a policy is broken.
         UnsupportedModelError: If predictors are asked for and there are none.
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or a policy is not known.
     """
-    policy = options.policy or "predictor"
-    if policy == "predictor" and not (trained is not None and trained.use_vision_predictor):
+    name = options.policy or DEFAULT_POLICY
+    if name == NO_POLICY:
+        return DENSE
+    policy = _policy(name)
+    has_image = trained is not None and trained.use_vision_predictor
+    has_text = trained is not None and trained.has_output_text
+    if policy.needs_predictors and not has_image:
         raise UnsupportedModelError(
-            f"{source} without an image predictor, which policy 'predictor' needs. {remedy}, or "
-            "a policy that needs no training: --policy random, uniform, norm, or none for a "
-            "dense decoder."
+            f"{source} without an image predictor, which policy {name!r} needs. {remedy}, or "
+            f"a policy that needs no training: {untrained_choices()}."
         )
-    if policy == "none":
-        return Sparsity(policy="none", output_text_keep_rate=1.0)
-    values: dict[str, Any] = {"policy": policy}
+    text_policy = _policy(options.output_text_policy or name)
+    values: dict[str, Any] = {"policy": name}
     if trained is not None:
         values["sparse_layer"] = trained.sparse_layer
         values["image_keep_rate"] = trained.vision_keep_rate
         values["output_text_keep_rate"] = trained.output_text_keep_rate
-    lacks_text = trained is not None and not trained.has_output_text
-    if policy == "norm" or (policy == "predictor" and lacks_text):
-        values["output_text_keep_rate"] = 1.0
+    can_decide = text_policy.decides_text and (has_text or not text_policy.needs_predictors)
+    if options.output_text_policy is None and not can_decide:
+        values["output_text_keep_rate"] = 1.0  # nobody asked for a decision
     values.update({k: v for k, v in dataclasses.asdict(options).items() if v is not None})
     sparsity = Sparsity(**values)
     if sparsity.sparse_layer >= num_layers:
@@ -74,9 +94,20 @@ def complete_sparsity(
         )
     if num_image_tokens:
         sparsity.num_kept_image_tokens(num_image_tokens)
-    if sparsity.has_keep_bit and policy == "predictor" and lacks_text:
-        raise UnsupportedModelError(
-            f"{source} without an output-text predictor, but an output text keep rate of "
-            f"{sparsity.output_text_keep_rate} was asked for. Use 1.0."
-        )
+    if sparsity.has_keep_bit:
+        check_text_policy(sparsity.text_policy, sparsity.output_text_keep_rate)
+        if not can_decide:
+            raise UnsupportedModelError(
+                f"{source} without an output-text predictor, but an output text keep rate of "
+                f"{sparsity.output_text_keep_rate} was asked for. Use 1.0, or an output-text "
+                f"policy that needs no training."
+            )
     return sparsity
+
+
+def _policy(name: str) -> Policy:
+    """Return a policy; the message about one that is not known names the dense choice too."""
+    policy = find_policy(name)
+    if policy is None:
+        raise ValueError(describe_unknown(name, (*policy_names(), NO_POLICY)))
+    return policy

@@ -52,7 +52,7 @@ class ExportReport:
                 else "all generated text kept"
             )
             lines.append(
-                f"  sparsity  {sparsity.policy}, from layer {sparsity.sparse_layer} on: "
+                f"  sparsity  {sparsity.policy_text}, from layer {sparsity.sparse_layer} on: "
                 f"{_kept_image_tokens(sparsity, geometry)} image tokens, {text}"
             )
         names = [layout.DECODER, layout.RECOMPUTE]

@@ -22,23 +22,28 @@ from dllava_export.bundles.files import (
 from dllava_export.bundles.manifest import Manifest, new_bundle, read_manifest, write_manifest
 from dllava_export.errors import BundleError, UnsupportedModelError
 from dllava_export.exporting.exporter import predictor_model
-from dllava_export.exporting.options import SparsityOptions, complete_sparsity
+from dllava_export.exporting.options import (
+    SparsityOptions,
+    complete_sparsity,
+    untrained_choices,
+)
 from dllava_export.exporting.report import ExportReport
 from dllava_export.exporting.transform import transform_decoder
 from dllava_export.families.config_file import read_json
 from dllava_export.families.llava import predictor_config
 from dllava_export.geometry import Geometry, PredictorConfig, PredictorGeometry
+from dllava_export.passes.policies.registry import find_policy
 from dllava_export.precision import NUMBER_FORMATS, Precision, format_of_dtype
 from dllava_export.reporting import resources
 from dllava_export.reporting.stages import show_stages
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE
 
 if TYPE_CHECKING:
     import onnx
     import onnx_graphsurgeon as gs
 
     from dllava_export.passes.decoder_layers import DecoderLayer
-    from dllava_export.passes.policies.predictor import PredictorWeights
+    from dllava_export.passes.policies.weights import PredictorWeights
 
 
 __all__ = ["sparsify"]
@@ -53,7 +58,6 @@ _WIDTH_TENSORS = (  # norms over the decoder's hidden states
 )
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _DEFAULT_MAX_POSITIONS = 2048
-_DENSE = Sparsity(policy="none", output_text_keep_rate=1.0)
 _LEFT_INPUTS = (names.INPUTS_EMBEDS, names.POSITION_IDS, names.TOKEN_KIND)
 
 
@@ -66,7 +70,7 @@ class _Predictors:
 
     def weights(self) -> PredictorWeights:
         """Return them as the passes take them."""
-        from dllava_export.passes.policies.predictor import PredictorWeights
+        from dllava_export.passes.policies.weights import PredictorWeights
 
         tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
         return PredictorWeights(tensors, self.config.nhead)
@@ -198,11 +202,19 @@ def _training_of(manifest: Manifest, llm: Path, weights: onnx.ModelProto) -> Pre
     stored = [tensor.name.split(".", 1)[0] for tensor in weights.graph.initializer]
     known["use_vision_predictor"] = "image_predictor" in stored
     known["has_output_text"] = "output_text_predictor" in stored
-    if manifest.sparsity.policy == "predictor":
-        known["sparse_layer"] = manifest.sparsity.sparse_layer
-        known["vision_keep_rate"] = manifest.sparsity.image_keep_rate
-        known["output_text_keep_rate"] = manifest.sparsity.output_text_keep_rate
+    sparsity = manifest.sparsity
+    if _is_trained(sparsity.policy):
+        known["sparse_layer"] = sparsity.sparse_layer
+        known["vision_keep_rate"] = sparsity.image_keep_rate
+    if _is_trained(sparsity.text_policy):
+        known["output_text_keep_rate"] = sparsity.output_text_keep_rate
     return PredictorConfig(**known)
+
+
+def _is_trained(policy: str) -> bool:
+    """True for a policy whose settings say how the predictors it needs were trained."""
+    found = find_policy(policy)
+    return found is not None and found.needs_predictors
 
 
 def _from_checkpoint(location: str | Path, llm: Path) -> _Predictors:
@@ -216,7 +228,7 @@ def _from_checkpoint(location: str | Path, llm: Path) -> _Predictors:
         raise UnsupportedModelError(
             f"{checkpoint.path} is a {checkpoint.layout} checkpoint without predictors. Name a "
             "trained Dynamic-LLaVA checkpoint, or use a policy that needs no training: "
-            "--policy random, uniform, norm, or none for a dense decoder."
+            f"{untrained_choices()}."
         )
     models = {layout.PREDICTORS: model}
     # Not linked: that would carry the whole checkpoint along.
@@ -294,7 +306,7 @@ def _from_onnx(path: Path, llm: Path) -> _DenseDecoder:
         precision=precision,
         geometry=_geometry(path, graph),
         max_position_embeddings=config.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS),
-        sparsity=_DENSE,
+        sparsity=DENSE,
         image_token_id=names.IMAGE_PLACEHOLDER_ID,
         image_aspect_ratio="square",
         has_visual=False,

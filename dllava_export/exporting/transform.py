@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import onnx
 
     from dllava_export.passes.base import PassResult
-    from dllava_export.passes.policies.predictor import PredictorWeights
+    from dllava_export.passes.policies.weights import PredictorWeights
 
 __all__ = ["transform_decoder"]
 

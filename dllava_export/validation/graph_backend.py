@@ -158,9 +158,9 @@ def dense_graphs(folder: Path) -> dict[str, onnx.ModelProto]:
     import onnx
 
     from dllava_export.exporting.transform import transform_decoder
-    from dllava_export.sparsity import Sparsity
+    from dllava_export.sparsity import DENSE
 
     path = folder / layout.LLM_FOLDER / layout.DENSE_DECODER
     dense = onnx.load(path, load_external_data=False)
-    models, _ = transform_decoder(dense, Sparsity(policy="none"), None)
+    models, _ = transform_decoder(dense, DENSE, None)
     return models

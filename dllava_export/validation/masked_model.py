@@ -4,7 +4,7 @@
 
 One forward pass over prompt and answer gives what prefill and every decode step give: a row
 that was dropped is masked out of later rows' attention, and still sees itself. The modules are
-transformers' own and those of training; nothing here comes from a graph.
+transformers' own, the policies their NumPy references; nothing here comes from a graph.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dllava_export.errors import InvalidInputError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.passes.policies.base import ImageArrays, TextArrays
+from dllava_export.passes.policies.registry import get_policy
+from dllava_export.passes.policies.weights import PredictorWeights
 from dllava_export.training.masked_attention import masked_attention
 from dllava_export.training.model import TrainingModel, build_model
 from dllava_export.training.settings import TrainingSettings
-from dllava_export.validation.policy_scores import score_image_rows, score_text_rows
 
 if TYPE_CHECKING:
     from dllava_export.bundles.manifest import Manifest
+    from dllava_export.checkpoints.checkpoint import Checkpoint
+    from dllava_export.geometry import PredictorConfig
+    from dllava_export.sparsity import Sparsity
 
 
 __all__ = ["Forward", "MaskedModel", "Rows", "Selection", "load_masked_model"]
@@ -86,8 +91,15 @@ class Forward:
 class MaskedModel:
     """The model behind a bundle, in float32. Made by `load_masked_model`."""
 
-    def __init__(self, model: TrainingModel, manifest: Manifest, feature_layer: int) -> None:
+    def __init__(
+        self,
+        model: TrainingModel,
+        manifest: Manifest,
+        feature_layer: int,
+        weights: PredictorWeights | None,
+    ) -> None:
         self._model = model
+        self._weights = weights
         self._sparsity = manifest.sparsity
         self._feature_layer = feature_layer
 
@@ -179,24 +191,22 @@ class MaskedModel:
         return Selection(kept, image_scores, text_scores, margin)
 
     def _score_image(self, rows: Rows, hidden: torch.Tensor) -> np.ndarray:
-        image_rows = hidden[torch.from_numpy(rows.is_image)]
-        if self._sparsity.policy == "predictor":
-            assert self._model.image_predictor is not None
-            logits = self._model.image_predictor(image_rows[None])[0]
-            return logits.log_softmax(-1)[:, 0].numpy()
-        num_kept = self._sparsity.num_kept_image_tokens(len(image_rows))
         positions = np.flatnonzero(rows.is_image)
-        return score_image_rows(self._sparsity.policy, positions, image_rows.numpy(), num_kept)
+        image_rows = ImageArrays(
+            hidden_states=hidden.numpy()[positions],
+            position_ids=positions,
+            num_kept=self._sparsity.num_kept_image_tokens(len(positions)),
+        )
+        return get_policy(self._sparsity.policy).reference(image_rows, self._weights)
 
     def _score_text(self, rows: Rows, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        if self._sparsity.policy == "predictor":
-            assert self._model.output_text_predictor is not None
-            logits = self._model.output_text_predictor(hidden)
-            return logits[:, 0].numpy(), (logits[:, 0] - logits[:, 1]).numpy()
-        positions = rows.num_prompt + np.arange(len(hidden))
+        generated = TextArrays(
+            hidden_states=hidden.numpy(),
+            position_ids=rows.num_prompt + np.arange(len(hidden)),
+        )
+        policy = get_policy(self._sparsity.text_policy)
         rate = self._sparsity.output_text_keep_rate
-        scores = score_text_rows(self._sparsity.policy, positions, rate)
-        return scores, scores
+        return policy.reference_keep(generated, rate, self._weights)
 
 
 def load_masked_model(checkpoint: str, manifest: Manifest) -> MaskedModel:
@@ -205,6 +215,7 @@ def load_masked_model(checkpoint: str, manifest: Manifest) -> MaskedModel:
     Raises:
         CheckpointError: If it cannot be read.
         InvalidInputError: If it is of other sizes than the bundle, or lacks its predictors.
+        ValueError: If the package that provides the bundle's policy is not installed.
     """
     from dllava_export.checkpoints.checkpoint import read_checkpoint
 
@@ -212,21 +223,49 @@ def load_masked_model(checkpoint: str, manifest: Manifest) -> MaskedModel:
     if source.text_config.num_hidden_layers > num_layers:  # the bundle was cut too
         source = read_checkpoint(checkpoint, num_decoder_layers=num_layers)
     _check_fits(checkpoint, source.text_config, manifest)
-    predictors = None
-    if manifest.sparsity.policy == "predictor":
-        predictors = source.sparse_config
-        needs_text = manifest.sparsity.has_keep_bit
-        if predictors is None or (needs_text and not predictors.has_output_text):
-            raise InvalidInputError(
-                f"{checkpoint} lacks predictors that the bundle has. Give the checkpoint that "
-                "the bundle's predictors came from."
-            )
+    predictors = _needed_predictors(checkpoint, source, manifest.sparsity)
     settings = TrainingSettings(
         freeze_model=True, compute_precision="fp32", gradient_checkpointing=False
     )
     model = build_model(source, predictors, settings, torch.device("cpu")).eval()
     model.language_model.config._attn_implementation = _ATTENTION_NAME
-    return MaskedModel(model, manifest, source.vision_feature_layer)
+    weights = None if predictors is None else _predictor_weights(model, predictors)
+    return MaskedModel(model, manifest, source.vision_feature_layer, weights)
+
+
+def _needed_predictors(
+    location: str, source: Checkpoint, sparsity: Sparsity
+) -> PredictorConfig | None:
+    """Return how a checkpoint's predictors are made, or None where no policy needs them."""
+    if sparsity.is_dense:
+        return None
+    needs_image = get_policy(sparsity.policy).needs_predictors
+    needs_text = sparsity.has_keep_bit and get_policy(sparsity.text_policy).needs_predictors
+    if not (needs_image or needs_text):
+        return None
+    found = source.sparse_config
+    lacks_image = found is None or not found.use_vision_predictor
+    lacks_text = found is None or not found.has_output_text
+    if (needs_image and lacks_image) or (needs_text and lacks_text):
+        raise InvalidInputError(
+            f"{location} lacks predictors that the bundle has. Give the checkpoint that "
+            "the bundle's predictors came from."
+        )
+    return found
+
+
+def _predictor_weights(model: TrainingModel, config: PredictorConfig) -> PredictorWeights:
+    modules = {
+        "image_predictor": model.image_predictor,
+        "output_text_predictor": model.output_text_predictor,
+    }
+    tensors = {
+        f"{prefix}.{name}": value.numpy()
+        for prefix, module in modules.items()
+        if module is not None
+        for name, value in module.state_dict().items()
+    }
+    return PredictorWeights(tensors, config.nhead)
 
 
 def _check_fits(checkpoint: str, config: Any, manifest: Manifest) -> None:

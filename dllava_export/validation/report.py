@@ -87,9 +87,8 @@ class ValidationReport:
         shape, allowed = self.shape, self.tolerances
         pruned = "dense"
         if not self.sparsity.is_dense:
-            pruned = (
-                f"policy {self.sparsity.policy}, sparse layer {self.sparsity.sparse_layer}"
-            )
+            sparsity = self.sparsity
+            pruned = f"policy {sparsity.policy_text}, sparse layer {sparsity.sparse_layer}"
         return "\n".join(
             (
                 f"bundle      {self.bundle} ({self.precision}, {pruned})",

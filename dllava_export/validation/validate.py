@@ -16,7 +16,7 @@ from dllava_export.errors import BackendError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.precision import BF16
 from dllava_export.runtime.session import Session
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE
 from dllava_export.validation.comparison import CompareConversations, Shape
 from dllava_export.validation.conversation import (
     Conversation,
@@ -166,7 +166,7 @@ def _open_graphs(
             "be compared there. Use another backend, and --against torch."
         )
     if dense:
-        manifest = dataclasses.replace(manifest, sparsity=Sparsity(policy="none"))
+        manifest = dataclasses.replace(manifest, sparsity=DENSE)
     backend = GraphBackend(
         folder,
         dense_graphs(folder) if dense else bundle_graphs(folder),

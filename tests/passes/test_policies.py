@@ -13,7 +13,6 @@ from dllava_export.errors import PreconditionError
 from dllava_export.passes.graph_builder import GraphBuilder
 from dllava_export.passes.graph_io import model_from_graph
 from dllava_export.passes.policies.base import ImageRows
-from dllava_export.passes.policies.predictor import PredictorWeights
 from dllava_export.passes.policies.registry import (
     IMAGE_POLICIES,
     TEXT_POLICIES,
@@ -21,6 +20,7 @@ from dllava_export.passes.policies.registry import (
     insert_image_scores,
     insert_text_decision,
 )
+from dllava_export.passes.policies.weights import PredictorWeights
 
 TYPES = {
     "hidden_states": (np.float32, [names.BATCH, names.ROWS, helpers.HIDDEN]),
