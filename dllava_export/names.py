@@ -58,10 +58,11 @@ def present(layer: int, part: str) -> str:
     return f"present.{layer}.{part}"
 
 
-ORIGINAL_IMAGE_TOKEN_ID = -200
+# Tensors of a checkpoint that are referred to by name; see `families.family`.
+TOKEN_EMBEDDING = "model.embed_tokens.weight"  # [vocab_size, hidden_size]
+LM_HEAD = "lm_head.weight"  # [vocab_size, hidden_size]; may be TOKEN_EMBEDDING itself
 
-
+# Where an image stands in a prompt, as LLaVA has it.
 IMAGE_PLACEHOLDER = "<image>"
-
-
 IMAGE_PLACEHOLDER_ID = -200
+"""In token ids, whatever the tokenizer says; also where a vocabulary has no image token."""

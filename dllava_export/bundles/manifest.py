@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from dllava_export.bundles.layout import MANIFEST
 from dllava_export.errors import BundleError
-from dllava_export.families.llava import Layout
+from dllava_export.families.family import Layout
 from dllava_export.geometry import Geometry, PredictorGeometry
 from dllava_export.sparsity import Sparsity
 

@@ -52,7 +52,6 @@ _WIDTH_TENSORS = (  # norms over the decoder's hidden states
 )
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _DEFAULT_MAX_POSITIONS = 2048
-_NO_IMAGE_TOKEN_ID = -200
 _DENSE = Sparsity(policy="none", output_text_keep_rate=1.0)
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _LEFT_INPUTS = (names.INPUTS_EMBEDS, names.POSITION_IDS, names.TOKEN_KIND)
@@ -213,16 +212,16 @@ def _from_checkpoint(location: str | Path, llm: Path) -> _Predictors:
 
     checkpoint = read_checkpoint(location)
     model = predictor_model(checkpoint)
-    if model is None or checkpoint.sparse_config is None:
+    if model is None or checkpoint.spec.predictors is None:
         raise UnsupportedModelError(
-            f"{checkpoint.path} is a {checkpoint.layout} checkpoint without predictors. Name a "
-            "trained Dynamic-LLaVA checkpoint, or use a policy that needs no training: "
+            f"{checkpoint.path} is a {checkpoint.spec.layout} checkpoint without predictors. "
+            "Name a trained Dynamic-LLaVA checkpoint, or use a policy that needs no training: "
             "--policy random, uniform, norm, or none for a dense decoder."
         )
     models = {layout.PREDICTORS: model}
     # Not linked: that would carry the whole checkpoint along.
     attach_weights(models, llm, checkpoint.tensors, data_name=_PREDICTOR_DATA, link=False)
-    return _Predictors(checkpoint.sparse_config, model)
+    return _Predictors(checkpoint.spec.predictors, model)
 
 
 def _check_width(
@@ -295,7 +294,7 @@ def _from_onnx(path: Path, llm: Path) -> _DenseDecoder:
         geometry=_geometry(path, graph, bytes_per_value=4 if precision == "fp32" else 2),
         max_position_embeddings=config.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS),
         sparsity=_DENSE,
-        image_token_id=_NO_IMAGE_TOKEN_ID,
+        image_token_id=names.IMAGE_PLACEHOLDER_ID,
         image_aspect_ratio="square",
         has_visual=False,
         embedding=decoder.embedding,

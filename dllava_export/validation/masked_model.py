@@ -17,6 +17,8 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dllava_export.errors import InvalidInputError
+from dllava_export.families.clip_tower import clip_features
+from dllava_export.families.llava import LlavaSpec
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.training.masked_attention import masked_attention
 from dllava_export.training.model import TrainingModel, build_model
@@ -130,8 +132,8 @@ class MaskedModel:
         )
 
     def _encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        states = self._model.tower(pixel_values, output_hidden_states=True).hidden_states
-        return self._model.projector(states[self._feature_layer][:, 1:])[0]
+        features = clip_features(self._model.tower, pixel_values, self._feature_layer)
+        return self._model.projector(features)[0]
 
     @torch.inference_mode()
     def forward(self, rows: Rows, kept: np.ndarray | None) -> tuple[Forward, Selection]:
@@ -209,12 +211,12 @@ def load_masked_model(checkpoint: str, manifest: Manifest) -> MaskedModel:
     from dllava_export.checkpoints.checkpoint import read_checkpoint
 
     source, num_layers = read_checkpoint(checkpoint), manifest.geometry.num_layers
-    if source.text_config.num_hidden_layers > num_layers:  # the bundle was cut too
+    if source.spec.num_layers > num_layers:  # the bundle was cut too
         source = read_checkpoint(checkpoint, num_decoder_layers=num_layers)
-    _check_fits(checkpoint, source.text_config, manifest)
+    _check_fits(checkpoint, source.spec.text_config, manifest)
     predictors = None
     if manifest.sparsity.policy == "predictor":
-        predictors = source.sparse_config
+        predictors = source.spec.predictors
         needs_text = manifest.sparsity.has_keep_bit
         if predictors is None or (needs_text and not predictors.has_output_text):
             raise InvalidInputError(
@@ -226,7 +228,8 @@ def load_masked_model(checkpoint: str, manifest: Manifest) -> MaskedModel:
     )
     model = build_model(source, predictors, settings, torch.device("cpu")).eval()
     model.language_model.config._attn_implementation = _ATTENTION_NAME
-    return MaskedModel(model, manifest, source.vision_feature_layer)
+    assert isinstance(source.spec, LlavaSpec)  # else `build_model` refused it
+    return MaskedModel(model, manifest, source.spec.feature_layer)
 
 
 def _check_fits(checkpoint: str, config: Any, manifest: Manifest) -> None:
