@@ -434,7 +434,9 @@ def test_llava_hf_without_a_tower(tmp_path: Path) -> None:
     factory.write_files(
         tmp_path, {k: v for k, v in stored.items() if not k.startswith("vision_tower.")}
     )
-    with pytest.raises(CheckpointError, match=r"missing tensors: 'vision_tower.vision_model.embeddings"):
+    with pytest.raises(
+        CheckpointError, match=r"missing tensors: 'vision_tower.vision_model.embeddings"
+    ):
         read_checkpoint(tmp_path)
 
 

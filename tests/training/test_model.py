@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from golden import DATA
+from golden import DATA, golden_shapes
 from training_factory import (
     PREDICTOR_SIZES,
     assert_session_equals_training,
@@ -111,7 +111,8 @@ def test_predictors_have_the_official_parameters(folder):
         for name, parameter in model.named_parameters()
         if "predictor" in name
     }
-    assert shapes == _predictor_shapes(model._predictors, 64)
+    golden = golden_shapes("mha")
+    assert shapes == {name: golden[name] for name in golden if "predictor" in name}
 
 
 def test_official_sizes_have_the_official_number_of_parameters(folder):
