@@ -12,12 +12,17 @@ __all__ = [
     "InvalidInputError",
     "PostconditionError",
     "PreconditionError",
+    "SettingError",
     "UnsupportedModelError",
 ]
 
 
 class DllavaExportError(Exception):
     """Base of every error this package raises on purpose."""
+
+
+class SettingError(DllavaExportError, ValueError):
+    """A setting is out of range, unknown, or does not go with another one."""
 
 
 class CheckpointError(DllavaExportError):

@@ -26,7 +26,7 @@ class PredictorGeometry:
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Sizes of a decoder, all that the counts of this module depend on.
+    """Sizes of a decoder, all that counts of FLOPs and bytes depend on.
 
     Attributes:
         num_layers: Decoder layers.
@@ -37,7 +37,6 @@ class Geometry:
         head_dim: Width of a head.
         vocab_size: Rows of the language model head.
         num_image_tokens: Rows that one image puts into the sequence.
-        bytes_per_value: Bytes of one KV cache value: 2 for float16, 4 for float32.
         predictor: Sizes of the predictors; None for policies that have none.
     """
 
@@ -49,7 +48,6 @@ class Geometry:
     head_dim: int
     vocab_size: int
     num_image_tokens: int
-    bytes_per_value: int
     predictor: PredictorGeometry | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -72,36 +73,36 @@ def recompute_passes(sparsity: Sparsity, weights: PredictorWeights | None) -> li
     return steps
 
 
-def lowering_passes(provider: str = "cpu", *, num_positions: int | None = None) -> list[Pass]:
+def lowering_passes(provider: str = "cpu") -> list[Pass]:
     """Return what fits a portable graph to ONNX Runtime.
 
     Args:
         provider: See `LowerForOnnxRuntimePass`.
-        num_positions: Rows that a cache may have at most, if positions are rows of the full
-            caches; see `RotateInAttentionPass`, which runs only where this is given.
     """
     from dllava_export.passes.fuse_residual_norm import FuseResidualNormPass
     from dllava_export.passes.lower_for_onnxruntime import LowerForOnnxRuntimePass
     from dllava_export.passes.pack_projections import PackProjectionsPass
-    from dllava_export.passes.rotate_in_attention import RotateInAttentionPass
 
     steps: list[Pass] = [LowerForOnnxRuntimePass(provider)]
     if provider == "cpu":
         # After the lowering, whose ops they join: fewer kernels to start in a decode step.
-        if num_positions is not None:
-            steps.append(RotateInAttentionPass(num_positions))  # packing rotates what is left
         steps += [FuseResidualNormPass(), PackProjectionsPass()]
     return steps
 
 
 def tensorrt_passes(
-    capacity_full: int, capacity_sparse: int, plugin_ops: tuple[str, ...] = ()
+    capacities: Mapping[str, int], plugin_ops: tuple[str, ...] = ()
 ) -> list[Pass]:
-    """Return what fits a portable graph to TensorRT, and its ops to their plugins."""
+    """Return what fits a portable graph to TensorRT, and its ops to their plugins.
+
+    Args:
+        capacities: See `LowerForTensorRTPass`.
+        plugin_ops: Custom ops that a plugin computes.
+    """
     from dllava_export.passes.lower_for_plugins import LowerForPluginsPass
     from dllava_export.passes.lower_for_tensorrt import LowerForTensorRTPass
 
-    steps: list[Pass] = [LowerForTensorRTPass(capacity_full, capacity_sparse, plugin_ops)]
+    steps: list[Pass] = [LowerForTensorRTPass(capacities, plugin_ops)]
     if plugin_ops:
         steps.append(LowerForPluginsPass(plugin_ops))
     return steps

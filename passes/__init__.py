@@ -17,7 +17,6 @@ from dllava_export.passes.lower_for_tensorrt import LowerForTensorRTPass
 from dllava_export.passes.pack_projections import PackProjectionsPass
 from dllava_export.passes.policies.predictor import PredictorWeights
 from dllava_export.passes.replace_token_ids import ReplaceTokenIdsPass
-from dllava_export.passes.rotate_in_attention import RotateInAttentionPass
 
 __all__ = [
     "FuseAttentionPass",
@@ -37,7 +36,6 @@ __all__ = [
     "PassResult",
     "PredictorWeights",
     "ReplaceTokenIdsPass",
-    "RotateInAttentionPass",
     "graph_from_model",
     "model_from_graph",
     "run_passes",

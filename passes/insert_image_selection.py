@@ -105,20 +105,20 @@ class InsertImageSelectionPass(Pass):
             builder, scores, token_kind, num_kept, kept_lengths, names.NUM_KEPT_DIM
         )
         replacements = {lengths.name: kept_lengths}
-        if find_input(graph, names.WRITE_INDEX_FULL) is not None:
+        if find_input(graph, names.write_index(names.FULL)) is not None:
             write_index = builder.graph_input(
-                names.WRITE_INDEX_SPARSE, np.int64, [names.BATCH]
+                names.write_index(names.SPARSE), np.int64, [names.BATCH]
             )
-            replacements[names.WRITE_INDEX_FULL] = write_index
+            replacements[names.write_index(names.FULL)] = write_index
             self._split_capacity(graph)
         insert_row_selection(builder, region, kept, replacements)
         builder.graph_output(kept, names.KEPT_INDICES)
-        if names.WRITE_INDEX_FULL in replacements:
+        if names.write_index(names.FULL) in replacements:
             past_key = find_input(graph, names.past(self.sparse_layer, "key"))
             next_index = insert_next_write_index(
                 builder.scoped("kv_cache"), write_index, kept_lengths, past_key
             )
-            builder.graph_output(next_index, names.NEXT_WRITE_INDEX_SPARSE)
+            builder.graph_output(next_index, names.next_write_index(names.SPARSE))
         return True
 
     def _split_capacity(self, graph: gs.Graph) -> None:
@@ -126,7 +126,7 @@ class InsertImageSelectionPass(Pass):
             node = layer.attention
             for tensor in (*node.inputs[3:5], *node.outputs[1:3]):
                 tensor.shape = [
-                    names.CAPACITY_SPARSE if d == names.CAPACITY_FULL else d
+                    names.capacity(names.SPARSE) if d == names.capacity(names.FULL) else d
                     for d in tensor.shape
                 ]
 
@@ -140,7 +140,7 @@ class InsertImageSelectionPass(Pass):
             )
         for later in find_decoder_layers(graph)[self.sparse_layer :]:
             inputs = {tensor.name for tensor in later.attention.inputs}
-            if names.WRITE_INDEX_FULL in inputs:
+            if names.write_index(names.FULL) in inputs:
                 raise PostconditionError(
                     f"Decoder layer {later.index} still writes its cache at the full index."
                 )

@@ -50,9 +50,9 @@ class InsertKeepBitPass(Pass):
 
     def requires(self, graph: gs.Graph) -> None:
         """The sparse cache group must exist."""
-        if find_input(graph, names.WRITE_INDEX_SPARSE) is None:
+        if find_input(graph, names.write_index(names.SPARSE)) is None:
             raise PreconditionError(
-                f"The graph has no input {names.WRITE_INDEX_SPARSE!r}: insert the KV cache "
+                f"The graph has no input {names.write_index(names.SPARSE)!r}: insert the KV cache "
                 "and the image selection first."
             )
 
@@ -71,7 +71,7 @@ class InsertKeepBitPass(Pass):
         stored = builder.op(
             "Where", [is_dropped, none, kept_lengths], "num_stored", np.int64, [names.BATCH]
         )
-        cap = producer(find_output(graph, names.NEXT_WRITE_INDEX_SPARSE))
+        cap = producer(find_output(graph, names.next_write_index(names.SPARSE)))
         advance = producer(cap.inputs[0]) if cap is not None else None
         assert advance is not None  # as InsertImageSelectionPass made them
         advance.inputs = [stored if t is kept_lengths else t for t in advance.inputs]
@@ -109,9 +109,11 @@ class InsertKeepBitPass(Pass):
         inverted = producer(keep) if keep is not None else None
         if inverted is None:
             raise PostconditionError(f"The graph has no output {names.KEEP!r}.")
-        writer = producer(find_output(graph, names.NEXT_WRITE_INDEX_SPARSE))
+        writer = producer(find_output(graph, names.next_write_index(names.SPARSE)))
         if not any(node is writer for node in descendants(inverted.inputs[0])):
-            raise PostconditionError(f"{names.NEXT_WRITE_INDEX_SPARSE} ignores the keep bit.")
+            raise PostconditionError(
+                f"{names.next_write_index(names.SPARSE)} ignores the keep bit."
+            )
 
 
 def _last_row(builder: GraphBuilder, tensor: gs.Variable, what: str) -> gs.Variable:

@@ -45,13 +45,15 @@ class InsertKVCachePass(Pass):
         if all(layer.attention.op == "KVCacheAttention" for layer in layers):
             return False
         builder = GraphBuilder(graph, "kv_cache")
-        write_index = builder.graph_input(names.WRITE_INDEX_FULL, np.int64, [names.BATCH])
+        write_index = builder.graph_input(
+            names.write_index(names.FULL), np.int64, [names.BATCH]
+        )
         lengths = row_lengths(graph)
         for layer in layers:
             _insert(graph, layer, write_index, lengths)
         past_key = find_input(graph, names.past(0, "key"))
         next_index = insert_next_write_index(builder, write_index, lengths, past_key)
-        builder.graph_output(next_index, names.NEXT_WRITE_INDEX_FULL)
+        builder.graph_output(next_index, names.next_write_index(names.FULL))
         return True
 
     def ensures(self, graph: gs.Graph) -> None:
@@ -83,7 +85,7 @@ def _insert(
     query, key, value = old.inputs[:3]
     num_kv_heads = int(old.attrs["kv_num_heads"])
     head_dim = int(key.shape[-1]) // num_kv_heads
-    shape = [names.BATCH, num_kv_heads, names.CAPACITY_FULL, head_dim]
+    shape = [names.BATCH, num_kv_heads, names.capacity(names.FULL), head_dim]
     past = [
         builder.graph_input(names.past(layer.index, part), key.dtype, shape)
         for part in ("key", "value")

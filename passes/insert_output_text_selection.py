@@ -59,7 +59,7 @@ class InsertOutputTextSelectionPass(Pass):
         """The image selection must be there, and no cache."""
         if find_image_selection(graph) is None:
             raise PreconditionError("The graph has no image selection; insert it first.")
-        if find_input(graph, names.WRITE_INDEX_FULL) is not None:
+        if find_input(graph, names.write_index(names.FULL)) is not None:
             raise PreconditionError(
                 "The graph has a KV cache; generated rows are dropped there by the keep bit."
             )

@@ -17,6 +17,7 @@ Ensures   no symbolic capacity in inputs and outputs; no attention without a ker
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -41,19 +42,18 @@ class LowerForTensorRTPass(Pass):
     """Make capacities static and write out attention that TensorRT has no kernel for.
 
     Attributes:
-        capacity_full: Rows of each cache buffer below `sparse_layer`, spare row included.
-        capacity_sparse: The same from `sparse_layer` on.
+        capacities: Cache group → rows of each of its buffers, spare row included; empty where
+            there is no cache.
         plugin_ops: Custom ops that a plugin computes; their nodes are left alone.
     """
 
-    capacity_full: int
-    capacity_sparse: int
+    capacities: Mapping[str, int]
     plugin_ops: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (names.CAPACITY_FULL, names.CAPACITY_SPARSE):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for group, rows in self.capacities.items():
+            if rows < 1:
+                raise ValueError(f"{names.capacity(group)} must be at least 1, got {rows}.")
 
     def requires(self, graph: gs.Graph) -> None:
         """Attention nodes must be of the form that this toolkit writes."""
@@ -78,17 +78,14 @@ class LowerForTensorRTPass(Pass):
     def ensures(self, graph: gs.Graph) -> None:
         """Nothing may be left that this pass replaces."""
         for tensor in (*graph.inputs, *graph.outputs):
-            if set(tensor.shape or ()) & {names.CAPACITY_FULL, names.CAPACITY_SPARSE}:
+            if set(tensor.shape or ()) & set(map(names.capacity, names.GROUPS)):
                 raise PostconditionError(f"{tensor.name!r} has a symbolic capacity.")
         for node in graph.nodes:
             if self._lacks_kernel(node):
                 raise PostconditionError(f"{node.name!r} was not written out.")
 
     def _fix_capacities(self, graph: gs.Graph) -> bool:
-        sizes = {
-            names.CAPACITY_FULL: self.capacity_full,
-            names.CAPACITY_SPARSE: self.capacity_sparse,
-        }
+        sizes = {names.capacity(group): rows for group, rows in self.capacities.items()}
         modified = False
         for tensor in (*graph.inputs, *graph.tensors().values()):
             if isinstance(tensor, gs.Variable) and set(tensor.shape or ()) & set(sizes):

@@ -82,7 +82,7 @@ def insert_row_selection(
             replace_uses(tensor, kept, region.nodes)
             if tensor is hidden:
                 kept_hidden = kept
-        elif not tensor.name.startswith("past_key_values."):
+        elif not names.is_past(tensor.name):
             raise PreconditionError(
                 f"{tensor.name!r} of shape {tensor.shape} is read after the selection at "
                 f"{hidden.name!r}, and is not known to follow the rows: expected axis 1 to be "

@@ -25,7 +25,6 @@ GEOMETRY = Geometry(
     head_dim=4,
     vocab_size=VOCAB,
     num_image_tokens=NUM_IMAGE,
-    bytes_per_value=2,
 )
 SPARSITY = Sparsity(
     "predictor", 1, image_keep_tokens=NUM_KEPT_IMAGE, output_text_keep_rate=0.5
@@ -51,7 +50,7 @@ def decoder() -> onnx.ModelProto:
     ends = [
         value(make(layer, part), [names.BATCH, 1, capacity, 4])
         for make, layer, part in caches
-        for capacity in [(names.CAPACITY_FULL, names.CAPACITY_SPARSE)[layer]]
+        for capacity in [(names.capacity(names.FULL), names.capacity(names.SPARSE))[layer]]
     ]
     nodes = [
         helper.make_node("MatMul", [names.INPUTS_EMBEDS, "up"], ["wide"]),

@@ -599,7 +599,7 @@ def empty_caches(batch: int, capacities: Sequence[int]) -> dict[str, np.ndarray]
         for i, capacity in enumerate(capacities)
         for part in ("key", "value")
     }
-    indices = (names.WRITE_INDEX_FULL, names.WRITE_INDEX_SPARSE)
+    indices = (names.write_index(names.FULL), names.write_index(names.SPARSE))
     return caches | {name: np.zeros(batch, np.int64) for name in indices}
 
 
@@ -611,8 +611,8 @@ def carried_over(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if name.startswith("present")
     }
     for before, after in (
-        (names.WRITE_INDEX_FULL, names.NEXT_WRITE_INDEX_FULL),
-        (names.WRITE_INDEX_SPARSE, names.NEXT_WRITE_INDEX_SPARSE),
+        (names.write_index(names.FULL), names.next_write_index(names.FULL)),
+        (names.write_index(names.SPARSE), names.next_write_index(names.SPARSE)),
     ):
         if after in outputs:
             feeds[before] = outputs[after]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dllava_export import names
 
 if TYPE_CHECKING:
     import numpy as np
 
     from dllava_export.backends.kv_plan import KVPlan
-
 
 __all__ = ["Backend", "StepInputs", "StepOutputs"]
 
@@ -25,8 +28,7 @@ class StepInputs:
         num_kept: [1] int64.
         kept_lengths: [batch] int64.
         num_image_rows: [1] int64.
-        write_index_full: [batch] int64.
-        write_index_sparse: [batch] int64.
+        write_indices: Cache group → [batch] int64, its next free row.
     """
 
     inputs_embeds: np.ndarray
@@ -35,8 +37,14 @@ class StepInputs:
     num_kept: np.ndarray
     kept_lengths: np.ndarray
     num_image_rows: np.ndarray
-    write_index_full: np.ndarray
-    write_index_sparse: np.ndarray
+    write_indices: Mapping[str, np.ndarray]
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Return the values by the names of the decoder's inputs."""
+        found = dict(vars(self))
+        for group, index in found.pop("write_indices").items():
+            found[names.write_index(group)] = index
+        return found
 
 
 @dataclasses.dataclass
@@ -45,56 +53,73 @@ class StepOutputs:
 
     Attributes:
         logits: [batch, vocab_size] float32.
-        next_write_index_full: [batch] int64.
-        next_write_index_sparse: [batch] int64 or None in a dense decoder.
+        next_write_indices: Cache group → [batch] int64; empty where there is no cache.
         kept_indices: [batch, num_kept] int64 or None in a dense decoder.
         keep: [batch] bool or None without a keep bit: the policy's decision.
         num_rows: [batch] int64 or None: rows after all selections (recompute).
     """
 
     logits: np.ndarray
-    next_write_index_full: np.ndarray | None = None
-    next_write_index_sparse: np.ndarray | None = None
+    next_write_indices: dict[str, np.ndarray]
     kept_indices: np.ndarray | None = None
     keep: np.ndarray | None = None
     num_rows: np.ndarray | None = None
 
+    @classmethod
+    def from_tensors(cls, values: Mapping[str, np.ndarray]) -> StepOutputs:
+        """Return the outputs of a decoder by their names; caches and others are left out."""
+        indices = ((group, names.next_write_index(group)) for group in names.GROUPS)
+        return cls(
+            logits=values[names.LOGITS].astype("float32", copy=False),
+            next_write_indices={g: values[name] for g, name in indices if name in values},
+            kept_indices=values.get(names.KEPT_INDICES),
+            keep=values.get(names.KEEP),
+            num_rows=values.get(names.NUM_ROWS),
+        )
 
-class Backend(Protocol):
-    """A bundle opened in some runtime.
+
+class Backend(abc.ABC):
+    """A bundle opened in some runtime. One caller at a time.
 
     Attributes:
         name: As `load` takes it.
         plan: The cache buffers that are allocated; None before the first prompt.
+        max_length: Tokens that a sample's cache may hold, prompt and answer together; None
+            where the backend sets no limit of its own.
     """
 
     name: str
-    plan: KVPlan | None
+    plan: KVPlan | None = None
+    max_length: int | None = None
 
+    @abc.abstractmethod
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return image features [num_images, num_image_tokens, hidden_size]."""
-        ...
 
+    @abc.abstractmethod
     def allocate(self, plan: KVPlan) -> None:
         """Give the decoder cache buffers of this plan; what is in them does not matter."""
-        ...
 
-    def grow_sparse(self, plan: KVPlan) -> None:
-        """Move the sparse group to larger buffers, keeping what is in them."""
-        ...
+    @abc.abstractmethod
+    def grow(self, plan: KVPlan) -> None:
+        """Move to the buffers of a plan with more rows, keeping what is in them."""
 
+    @abc.abstractmethod
     def run(self, inputs: StepInputs, *, sample: int | None = None) -> StepOutputs:
         """Feed rows on top of the caches, of all samples or of one."""
-        ...
 
+    @abc.abstractmethod
     def decode(self, inputs: StepInputs) -> StepOutputs:
         """Feed one row per sample; what can be prepared once is."""
-        ...
 
+    @abc.abstractmethod
     def recompute(self, inputs: StepInputs) -> StepOutputs:
         """Run the decoder without a cache over whole sequences."""
-        ...
 
+    @abc.abstractmethod
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a layer's key and value buffers, [batch, num_kv_heads, capacity, head_dim]."""
-        ...
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let sessions, engines and buffers go; nothing is called afterwards."""

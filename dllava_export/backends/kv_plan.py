@@ -1,14 +1,18 @@
-"""Plan the two groups of KV cache buffers: memory is saved only where it is not allocated."""
+"""Plan the KV cache buffers of each group: memory is saved only where it is not allocated."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
+from dllava_export import names
+from dllava_export.backends.cache_groups import CacheGroup, cache_groups
 from dllava_export.geometry import Geometry
+from dllava_export.precision import Precision
 from dllava_export.sparsity import Sparsity
 
-__all__ = ["RESERVE_ROWS", "SPARE_ROWS", "KVPlan", "plan_kv_cache"]
+__all__ = ["RESERVE_ROWS", "SPARE_ROWS", "KVPlan", "bytes_per_row", "plan_kv_cache"]
 
 SPARE_ROWS = 1
 """Rows at the end of each buffer that are written but never counted."""
@@ -23,38 +27,51 @@ class KVPlan:
 
     Attributes:
         batch: Samples.
-        num_full_layers: Layers below `sparse_layer`; all of them in a dense decoder.
-        num_sparse_layers: Layers from `sparse_layer` on.
-        capacity_full: Rows per sample in each of the full layers.
-        capacity_sparse: Rows per sample in each of the sparse layers.
+        groups: Cache groups of the decoder.
+        capacities: Group name → rows per sample in each of its layers.
         bytes_per_row: Keys and values of one row in one layer.
     """
 
     batch: int
-    num_full_layers: int
-    num_sparse_layers: int
-    capacity_full: int
-    capacity_sparse: int
+    groups: tuple[CacheGroup, ...]
+    capacities: Mapping[str, int]
     bytes_per_row: int
 
-    @property
-    def bytes_full(self) -> int:
-        """Bytes allocated for the layers below `sparse_layer`."""
-        return self.batch * self.num_full_layers * self.capacity_full * self.bytes_per_row
+    def num_bytes(self, group: CacheGroup) -> int:
+        """Return the bytes allocated for the layers of a group."""
+        rows = self.batch * group.num_layers * self.capacities[group.name]
+        return rows * self.bytes_per_row
 
     @property
-    def bytes_sparse(self) -> int:
-        """Bytes allocated for the layers from `sparse_layer` on."""
-        return self.batch * self.num_sparse_layers * self.capacity_sparse * self.bytes_per_row
+    def total_bytes(self) -> int:
+        """Bytes allocated for all layers."""
+        return sum(self.num_bytes(group) for group in self.groups)
 
-    def with_sparse_rows(self, num_rows: int) -> KVPlan:
-        """Return a plan whose sparse group holds `num_rows`, the spare row not counted."""
-        return dataclasses.replace(self, capacity_sparse=num_rows + SPARE_ROWS)
+    @property
+    def layer_capacities(self) -> list[int]:
+        """Rows per sample, layer by layer."""
+        return [
+            self.capacities[group.name]
+            for group in self.groups
+            for _ in range(group.num_layers)
+        ]
+
+    def with_rows(self, group: str, num_rows: int) -> KVPlan:
+        """Return a plan in which a group holds `num_rows`, the spare row not counted."""
+        return dataclasses.replace(
+            self, capacities={**self.capacities, group: num_rows + SPARE_ROWS}
+        )
+
+
+def bytes_per_row(geometry: Geometry, precision: Precision) -> int:
+    """Return the bytes of one row's keys and values in one layer."""
+    return 2 * geometry.num_kv_heads * geometry.head_dim * precision.cache.num_bytes
 
 
 def plan_kv_cache(
     geometry: Geometry,
     sparsity: Sparsity,
+    precision: Precision,
     *,
     batch: int,
     num_prompt: int,
@@ -66,24 +83,24 @@ def plan_kv_cache(
     Args:
         geometry: Sizes of the decoder.
         sparsity: What is pruned.
+        precision: How values are stored.
         batch: Samples.
         num_prompt: Prompt rows of the longest sample.
         num_kept: Prompt rows that go on from `sparse_layer`, of the sample with most.
         num_new: Tokens that may be generated or added later.
 
     Returns:
-        capacity_full = num_prompt + num_new + spare; capacity_sparse = num_kept +
+        The full group has num_prompt + num_new + spare rows; the sparse group num_kept +
         ceil(output_text_keep_rate * num_new) + reserve + spare, at most num_kept + num_new +
         spare.
     """
     rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0
     expected = min(math.ceil(rate * num_new) + RESERVE_ROWS, num_new)
-    num_full = geometry.num_layers if sparsity.is_dense else sparsity.sparse_layer
+    rows = {names.FULL: num_prompt + num_new, names.SPARSE: num_kept + expected}
+    groups = cache_groups(geometry, sparsity)
     return KVPlan(
         batch=batch,
-        num_full_layers=num_full,
-        num_sparse_layers=geometry.num_layers - num_full,
-        capacity_full=num_prompt + num_new + SPARE_ROWS,
-        capacity_sparse=num_kept + expected + SPARE_ROWS,
-        bytes_per_row=2 * geometry.num_kv_heads * geometry.head_dim * geometry.bytes_per_value,
+        groups=groups,
+        capacities={group.name: rows[group.name] + SPARE_ROWS for group in groups},
+        bytes_per_row=bytes_per_row(geometry, precision),
     )

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.benchmark.bench_report import BenchReport, Measurement
 from dllava_export.benchmark.bench_settings import BenchSettings
 from dllava_export.benchmark.bundle_session import DENSE_SPARSITY
@@ -21,6 +22,7 @@ from dllava_export.benchmark.bundle_subjects import BundleSubject, SessionSubjec
 from dllava_export.benchmark.machine import machine_line, wait_for_idle_threads
 from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.errors import BackendError
+from dllava_export.precision import Precision
 
 __all__ = ["run_bench"]
 
@@ -98,16 +100,16 @@ def _subject_makers(
         )
     else:
         makers["sparse"] = lambda: SessionSubject(folder, settings, own)
-    if own.is_dense or settings.backend == "onnxruntime":
+    if own.is_dense or settings.backend == DEFAULT_BACKEND:
         makers["dense"] = lambda: SessionSubject(folder, settings, DENSE_SPARSITY)
     else:
         left_out.append(
             f"dense: the engines of {settings.backend} are the sparse decoder's; export with "
             "--policy none and build that to time it"
         )
-    if settings.backend != "onnxruntime":
+    if settings.backend != DEFAULT_BACKEND:
         left_out.append("transformers: compared with ONNX Runtime only")
-    elif manifest.precision != "fp32":
+    elif manifest.precision != Precision.of("fp32"):
         left_out.append(
             f"transformers: compared at fp32 only, the bundle is {manifest.precision}"
         )
@@ -143,7 +145,7 @@ class _Times:
 
 def _capacity_ratio(subject: SessionSubject, settings: BenchSettings) -> float | None:
     """Time decode steps at equal lengths with the planned and with four times the capacity."""
-    if settings.backend != "onnxruntime":
+    if settings.backend != DEFAULT_BACKEND:
         return None
     length = max(settings.decode_lengths)
     planned = subject.num_new

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from dllava_export.backends.registry import DEFAULT_BACKEND
+
 __all__ = ["BenchSettings"]
 
 
@@ -28,4 +30,4 @@ class BenchSettings:
     num_threads: int = 2
     rounds: int = 5
     decode_steps: int = 8
-    backend: str = "onnxruntime"
+    backend: str = DEFAULT_BACKEND

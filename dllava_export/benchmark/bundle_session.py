@@ -1,10 +1,11 @@
-"""Open bundles for timing, and bring their caches to a length without generating."""
+"""Open bundles for timing, as they are or in their dense form."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import read_manifest
@@ -14,20 +15,24 @@ if TYPE_CHECKING:
     from dllava_export.runtime.session import Session
 
 
-__all__ = ["DENSE_SPARSITY", "open_bundle", "pretend_generated"]
+__all__ = ["DENSE_SPARSITY", "open_bundle"]
 
 DENSE_SPARSITY = Sparsity(policy="none", output_text_keep_rate=1.0)
 
-_ROW_VALUE = 0.01
 
-
-def open_bundle(folder: Path, sparsity: Sparsity, num_threads: int) -> Session:
+def open_bundle(
+    folder: Path,
+    sparsity: Sparsity,
+    num_threads: int,
+    wrap_session: Callable[[Any], Any] = lambda session: session,
+) -> Session:
     """Open a bundle in ONNX Runtime as it is, or as a dense decoder made from its dense graph.
 
     Args:
         folder: The bundle.
         sparsity: The bundle's own, or `DENSE_SPARSITY`.
         num_threads: CPU threads.
+        wrap_session: See `OrtBackend`.
 
     Raises:
         DllavaExportError: If the bundle cannot be loaded.
@@ -47,23 +52,7 @@ def open_bundle(folder: Path, sparsity: Sparsity, num_threads: int) -> Session:
         )
         decoder = models[layout.DECODER]
         manifest = dataclasses.replace(manifest, sparsity=sparsity)
-    backend = OrtBackend(folder, manifest, num_threads=num_threads, decoder=decoder)
+    backend = OrtBackend(
+        folder, manifest, num_threads=num_threads, decoder=decoder, wrap_session=wrap_session
+    )
     return Session(folder, manifest, backend, manifest.max_position_embeddings)
-
-
-def pretend_generated(session: Session, num_tokens: int) -> None:
-    """Leave the caches as so many generated tokens would, the expected share of them kept.
-
-    In memory of the CPU the rows are written: a row that never was costs less to read, since
-    the system backs all of those with one page. What a row holds costs no time.
-    """
-    sparsity = session.manifest.sparsity
-    rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0
-    before = session.cache_lengths
-    session._full = session._full + num_tokens
-    session._sparse = session._sparse + round(rate * num_tokens)
-    if session._backend.name != "onnxruntime":
-        return
-    for layer, after in enumerate(session.cache_lengths):
-        for rows in session.cache(layer):
-            rows[:, :, before[layer].min() : after.max()] = _ROW_VALUE

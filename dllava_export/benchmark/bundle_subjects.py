@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dllava_export import names
-from dllava_export.benchmark.bundle_session import open_bundle, pretend_generated
+from dllava_export.backends.kv_plan import bytes_per_row
+from dllava_export.backends.registry import DEFAULT_BACKEND
+from dllava_export.benchmark.bundle_session import open_bundle
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BundleError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.precision import Precision
 from dllava_export.runtime.loading import load
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ class SessionSubject(BundleSubject):
 
     def __init__(self, folder: Path, settings: BenchSettings, sparsity: Sparsity) -> None:
         self.settings = settings
-        if settings.backend == "onnxruntime":
+        if settings.backend == DEFAULT_BACKEND:
             self.session = open_bundle(folder, sparsity, settings.num_threads)
         else:
             self.session = load(folder, settings.backend)
@@ -65,7 +68,7 @@ class SessionSubject(BundleSubject):
         rng = np.random.default_rng(0)
         shape = settings.batch_size, geometry.num_image_tokens, geometry.hidden_size
         self.features = (0.02 * rng.standard_normal(shape)).astype(
-            np.float32 if geometry.bytes_per_value == 4 else np.float16
+            self.session.manifest.precision.activations.numpy
         )
         self.prompts = [_prompt(settings)] * settings.batch_size
         self.num_new = max(settings.decode_lengths) + settings.decode_steps + 2
@@ -78,7 +81,7 @@ class SessionSubject(BundleSubject):
 
     def pretend_generated(self, length: int) -> None:
         """Write rows behind the valid ones, as many as the policy is expected to keep."""
-        pretend_generated(self.session, length)
+        self.session.fill(length)
 
     def decode(self) -> None:
         """See `BundleSubject`."""
@@ -92,7 +95,7 @@ class SessionSubject(BundleSubject):
 
     def kv_allocated_bytes(self) -> int:
         """See `BundleSubject`."""
-        return self.session.kv_plan.bytes_full + self.session.kv_plan.bytes_sparse
+        return self.session.kv_plan.total_bytes
 
 
 class TorchSubject(BundleSubject):
@@ -144,10 +147,9 @@ class TorchSubject(BundleSubject):
 
     def kv_bytes(self, length: int) -> int:
         """See `BundleSubject`."""
-        geometry = self.geometry
-        row = 2 * geometry.num_kv_heads * geometry.head_dim * geometry.bytes_per_value
         rows = self.embeds.shape[1] + length
-        return self.settings.batch_size * geometry.num_layers * rows * row
+        row_bytes = bytes_per_row(self.geometry, Precision.of("fp32"))
+        return self.settings.batch_size * self.geometry.num_layers * rows * row_bytes
 
     def kv_allocated_bytes(self) -> int:
         """See `BundleSubject`."""

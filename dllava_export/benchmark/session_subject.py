@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,6 @@ import numpy as np
 from dllava_export.benchmark.bundle_session import (
     DENSE_SPARSITY,
     open_bundle,
-    pretend_generated,
 )
 from dllava_export.benchmark.random_model import RandomModel
 from dllava_export.bundles.manifest import read_manifest
@@ -21,7 +22,7 @@ from dllava_export.sparsity import Sparsity
 __all__ = ["DenseSubject", "SparseSubject"]
 
 
-class _SessionSubject:
+class _SessionSubject(abc.ABC):
     """See `subject.Subject`. The image's features are the embeddings of ordinary tokens.
 
     The dense form therefore computes what every other subject computes from token ids.
@@ -29,24 +30,35 @@ class _SessionSubject:
 
     notes = "image features given: the vision tower is not part of any time"
 
-    def __init__(self, model: RandomModel, sparsity: Sparsity) -> None:
+    def __init__(
+        self,
+        model: RandomModel,
+        sparsity: Sparsity,
+        wrap_session: Callable[[Any], Any] = lambda session: session,
+    ) -> None:
         import onnxruntime
 
         from dllava_export.version import __version__
 
         self.version = f"dllava-export {__version__}, onnxruntime {onnxruntime.__version__}"
-        self.session = open_bundle(model.bundle, sparsity, model.settings.num_threads)
+        self.session = open_bundle(
+            model.bundle, sparsity, model.settings.num_threads, wrap_session
+        )
         self._model = model
         self._logits = np.zeros((0, 0), np.float32)
-        self._after_prefill = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._after_prefill = np.zeros((0, 0), np.int64)
         self._prompts: list[np.ndarray] = []
         self._features = np.zeros((0, 0, 0), np.float32)
+
+    @abc.abstractmethod
+    def again(self, wrap_session: Callable[[Any], Any]) -> _SessionSubject:
+        """Return the same subject with sessions that are wrapped."""
 
     def prepare(self, batch_size: int) -> None:
         """Make prompts of one image behind the first token."""
         ids = self._model.prompt_ids(batch_size)
         last = 1 + self._model.settings.num_image_tokens
-        self._features = self.session._reader.lookup(ids[:, 1:last])
+        self._features = self.session.embed(ids[:, 1:last])
         rest = np.delete(ids, np.s_[1:last], axis=1)
         self._prompts = list(np.insert(rest, 1, IMAGE_PLACEHOLDER_ID, axis=1))
 
@@ -58,7 +70,7 @@ class _SessionSubject:
             self._prompts, image_features=self._features, max_new_tokens=num_new
         )
         self._logits = result.logits
-        self._after_prefill = self.session._full, self.session._sparse
+        self._after_prefill = self.session.cache_lengths
 
     def logits(self) -> np.ndarray:
         """See `subject.Subject`."""
@@ -66,8 +78,8 @@ class _SessionSubject:
 
     def fill(self, num_generated: int) -> None:
         """Go back to the prompt, then write rows behind it."""
-        self.session._full, self.session._sparse = self._after_prefill
-        pretend_generated(self.session, num_generated)
+        self.session.rewind(self._after_prefill)
+        self.session.fill(num_generated)
 
     def decode(self) -> None:
         """Feed a token."""
@@ -100,20 +112,23 @@ class _SessionSubject:
         Raises:
             BackendError: If a step is not one run.
         """
-        backend: Any = self.session._backend
-        inner = backend._decoder
-        timed = _TimedRuns(inner)
-        # What is bound already would go on with the session itself.
-        backend._decoder, backend._decode = timed, None
-        self.prepare(1)
-        self.prefill()
-        self.decode()
+        runs: list[_TimedRuns] = []
+
+        def wrap(session: Any) -> Any:
+            runs.append(_TimedRuns(session))
+            return runs[-1]
+
+        subject = self.again(wrap)
+        (timed,) = runs
+        subject.prepare(1)
+        subject.prefill()
+        subject.decode()
         timed.seconds, timed.num_runs = 0.0, 0
         start = time.perf_counter()
         for _ in range(num_steps):
-            self.decode()
+            subject.decode()
         elapsed = time.perf_counter() - start
-        backend._decoder, backend._decode = inner, None
+        subject.session.close()
         if timed.num_runs != num_steps:
             raise BackendError(
                 f"{num_steps} decode steps made {timed.num_runs} runs of ONNX Runtime, expected "
@@ -125,15 +140,28 @@ class _SessionSubject:
 class SparseSubject(_SessionSubject):
     """The bundle as it is."""
 
-    def __init__(self, model: RandomModel) -> None:
-        super().__init__(model, read_manifest(model.bundle, verify=False).sparsity)
+    def again(self, wrap_session: Callable[[Any], Any]) -> SparseSubject:
+        """See `_SessionSubject`."""
+        return SparseSubject(self._model, wrap_session)
+
+    def __init__(
+        self, model: RandomModel, wrap_session: Callable[[Any], Any] = lambda session: session
+    ) -> None:
+        sparsity = read_manifest(model.bundle, verify=False).sparsity
+        super().__init__(model, sparsity, wrap_session)
 
 
 class DenseSubject(_SessionSubject):
     """The bundle's dense graph."""
 
-    def __init__(self, model: RandomModel) -> None:
-        super().__init__(model, DENSE_SPARSITY)
+    def again(self, wrap_session: Callable[[Any], Any]) -> DenseSubject:
+        """See `_SessionSubject`."""
+        return DenseSubject(self._model, wrap_session)
+
+    def __init__(
+        self, model: RandomModel, wrap_session: Callable[[Any], Any] = lambda session: session
+    ) -> None:
+        super().__init__(model, DENSE_SPARSITY, wrap_session)
 
 
 class _TimedRuns:

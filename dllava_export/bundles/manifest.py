@@ -24,17 +24,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dllava_export.bundles.layout import MANIFEST
 from dllava_export.errors import BundleError
-from dllava_export.families.family import Layout
 from dllava_export.geometry import Geometry, PredictorGeometry
+from dllava_export.precision import Precision
 from dllava_export.sparsity import Sparsity
 
 __all__ = ["SCHEMA_VERSION", "Manifest", "new_bundle", "read_manifest", "write_manifest"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _WHOLE_DIGEST_BYTES = 256 << 20
 _SAMPLE_BYTES = 1 << 20
@@ -46,8 +46,9 @@ class Manifest:
     """What a bundle holds.
 
     Attributes:
+        family: Model family, as `families.registry` has it; None for a bare decoder.
         layout: Checkpoint layout it came from, or `onnx` for a bare decoder.
-        precision: `fp32`, `fp16` or `bf16`: weights, activations and KV cache.
+        precision: Of weights, activations and KV cache.
         geometry: Sizes of the model.
         max_position_embeddings: Tokens the decoder was made for: the largest cache.
         sparsity: What is pruned.
@@ -64,8 +65,9 @@ class Manifest:
         source: Where the weights came from, for people.
     """
 
-    layout: Layout | Literal["onnx"]
-    precision: str
+    family: str | None
+    layout: str
+    precision: Precision
     geometry: Geometry
     max_position_embeddings: int
     sparsity: Sparsity
@@ -73,7 +75,7 @@ class Manifest:
     image_aspect_ratio: str
     has_visual: bool
     embedding: dict[str, Any] | None
-    chat_template: Literal["vicuna_v1", "checkpoint"] | None
+    chat_template: str | None
     eos_token_ids: tuple[int, ...]
     tensors: dict[str, dict[str, list[dict[str, Any]]]]
     passes: dict[str, list[dict[str, Any]]]
@@ -116,7 +118,7 @@ def new_bundle(out: Path) -> Iterator[Path]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest last, over all files that are there."""
-    values = dataclasses.asdict(manifest)
+    values = {**dataclasses.asdict(manifest), "precision": manifest.precision.to_json()}
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     files = {str(p.relative_to(folder)): _fingerprint(p) for p in paths}
     document = {"schema_version": SCHEMA_VERSION, **values, "files": files}
@@ -149,17 +151,28 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         version = int(document.pop("schema_version"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path} is damaged ({error}). Export the bundle again.") from error
-    if version != SCHEMA_VERSION:
+    if not 1 <= version <= SCHEMA_VERSION:
         remedy = "Update dllava-export" if version > SCHEMA_VERSION else "Export it again"
         raise BundleError(
-            f"{folder} has bundle schema version {version}; this dllava-export reads version "
-            f"{SCHEMA_VERSION}. {remedy}."
+            f"{folder} has bundle schema version {version}; this dllava-export reads versions "
+            f"1 to {SCHEMA_VERSION}. {remedy}."
         )
     try:
+        if version == 1:
+            document = _from_schema_1(document)
         _check_files(folder, document.pop("files"), verify)
         return _manifest_from(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{path} is damaged ({error}). Export the bundle again.") from error
+
+
+def _from_schema_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest of 0.1 in today's form: it knew one family and one number format."""
+    geometry = dict(document["geometry"])
+    geometry.pop("bytes_per_value")
+    precision = Precision.of(document["precision"]).to_json()
+    family = None if document["layout"] == "onnx" else "llava"
+    return {**document, "family": family, "precision": precision, "geometry": geometry}
 
 
 def _manifest_from(document: dict[str, Any]) -> Manifest:
@@ -171,6 +184,7 @@ def _manifest_from(document: dict[str, Any]) -> Manifest:
             "geometry": Geometry(
                 **geometry, predictor=PredictorGeometry(**predictor) if predictor else None
             ),
+            "precision": Precision.from_json(document["precision"]),
             "sparsity": Sparsity(**document["sparsity"]),
             "eos_token_ids": tuple(document["eos_token_ids"]),
         }

@@ -31,7 +31,14 @@ from dllava_export.errors import CheckpointError
 from dllava_export.families.config_file import read_json
 from dllava_export.families.family import Family, Layout, ModelSpec, OutsideTower
 from dllava_export.families.registry import detect_family
-from dllava_export.precision import _CONFIG_DTYPES, Precision
+from dllava_export.precision import (
+    BF16,
+    FP16,
+    FP32,
+    NUMBER_FORMATS,
+    NumberFormat,
+    format_of_dtype,
+)
 
 __all__ = ["Checkpoint", "random_checkpoint", "read_checkpoint"]
 
@@ -62,7 +69,7 @@ class Checkpoint:
         spec: What the family read off its configuration, the decoder cut to the layers asked
             for.
         tensors: Canonical name → tensor; see `families.family`.
-        precision: Type of the decoder's weights; where they differ, the one that holds all.
+        weight_format: Of the decoder's weights; where they differ, the one that holds all.
         tokenizer_files: Tokenizer files in the folder.
         preprocessor: Image processor settings, as in `preprocessor_config.json`.
     """
@@ -72,7 +79,7 @@ class Checkpoint:
     family: Family
     spec: ModelSpec
     tensors: dict[str, TensorSource] = dataclasses.field(repr=False)
-    precision: Precision
+    weight_format: NumberFormat
     tokenizer_files: tuple[Path, ...]
     preprocessor: dict[str, Any] = dataclasses.field(repr=False)
 
@@ -185,12 +192,13 @@ def random_checkpoint(
 
 def _config_dtype(config: Mapping[str, Any]) -> str:
     name = config.get("torch_dtype") or config.get("dtype") or "float32"
-    if name not in _CONFIG_DTYPES:
+    known = format_of_dtype(name)
+    if known is None:
+        expected = ", ".join(f.dtype_name for f in NUMBER_FORMATS.values())
         raise CheckpointError(
-            f"torch_dtype is {name!r}, expected one of {', '.join(_CONFIG_DTYPES)}. "
-            "Change it in config.json."
+            f"torch_dtype is {name!r}, expected one of {expected}. Change it in config.json."
         )
-    return _CONFIG_DTYPES[name]
+    return known.stored_name
 
 
 def _describe(
@@ -244,7 +252,7 @@ def _checkpoint(described: _Described, tensors: dict[str, TensorSource]) -> Chec
         family=described.family,
         spec=spec,
         tensors=tensors,
-        precision=_precision(tensors),
+        weight_format=_weight_format(tensors),
         tokenizer_files=tuple(
             path / name for name in _TOKENIZER_FILES if (path / name).is_file()
         ),
@@ -252,15 +260,13 @@ def _checkpoint(described: _Described, tensors: dict[str, TensorSource]) -> Chec
     )
 
 
-def _precision(tensors: Mapping[str, TensorSource]) -> Precision:
+def _weight_format(tensors: Mapping[str, TensorSource]) -> NumberFormat:
     decoder = {
         source.dtype
         for name, source in tensors.items()
         if name.startswith(("model.", "lm_head."))
     }
-    if decoder == {DTYPE_NAMES["F16"]}:
-        return "fp16"
-    return "bf16" if decoder == {DTYPE_NAMES["BF16"]} else "fp32"
+    return next((known for known in (FP16, BF16) if decoder == {known.numpy}), FP32)
 
 
 def _find_tower(place: OutsideTower, path: Path, keys: Iterable[str] | None) -> _Tower:

@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from dllava_export.errors import CheckpointError
+from dllava_export.precision import NUMBER_FORMATS
 
 if TYPE_CHECKING:
     import torch
@@ -46,11 +47,7 @@ CHUNK_BYTES = 16 << 20
 IGNORED_KEYS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
 
 # Names as in a safetensors header.
-DTYPE_NAMES: Mapping[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+DTYPE_NAMES: Mapping[str, np.dtype] = {f.stored_name: f.numpy for f in NUMBER_FORMATS.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,11 +319,7 @@ def torch_sources(path: Path) -> dict[str, TensorSource]:
             f"{path} holds a {type(state).__name__}, expected a dict of tensors. "
             "Save the model's state_dict()."
         )
-    dtypes = {
-        torch.float32: DTYPE_NAMES["F32"],
-        torch.float16: DTYPE_NAMES["F16"],
-        torch.bfloat16: DTYPE_NAMES["BF16"],
-    }
+    dtypes = {known.torch: known.numpy for known in NUMBER_FORMATS.values()}
     sources: dict[str, TensorSource] = {}
     for key, tensor in state.items():
         if IGNORED_KEYS.search(key):

@@ -9,9 +9,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dllava_export.backends.trt.trt_module import TENSORRT_BACKENDS
+from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.commands.command import Command
-from dllava_export.commands.options import check_folder
+from dllava_export.commands.options import backend_choice, check_folder
 
 __all__ = ["bench"]
 
@@ -43,10 +43,8 @@ _SUITE_FOLDER = Path("docs/benchmarks")
     show_default=True,
     help="Interleaved rounds; medians are reported.",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["onnxruntime", *TENSORRT_BACKENDS]),
-    default="onnxruntime",
+@backend_choice(
+    default=DEFAULT_BACKEND,
     show_default=True,
     help="What runs the bundle; the TensorRT ones run engines of `dllava-export build`, which are "
     "timed alone.",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from dllava_export.commands.command import Command
+from dllava_export.commands.options import backend_choice
 
 __all__ = ["build"]
 
@@ -20,9 +21,8 @@ _SHAPES = "NAME:1x2x3,NAME:4"
     cls=Command, epilog="dllava-export build out --backend tensorrt-rtx --max-input-len 1088"
 )
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option(
-    "--backend",
-    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+@backend_choice(
+    building=True,
     required=True,
     help="tensorrt builds for the GPU of this machine; tensorrt-rtx needs none to build.",
 )

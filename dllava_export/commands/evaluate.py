@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dllava_export.commands.command import Command
-from dllava_export.commands.options import backend_options, check_folder
+from dllava_export.commands.options import (
+    BackendCommand,
+    backend_options,
+    check_folder,
+    given_backend_options,
+)
 
 if TYPE_CHECKING:
     from dllava_export.evaluation.report import WhichAnswers
@@ -19,7 +23,7 @@ __all__ = ["evaluate"]
 
 
 @click.command(
-    cls=Command,
+    cls=BackendCommand,
     context_settings={"show_default": True},
     epilog="dllava-export evaluate out out_random questions.json --image-folder images",
 )
@@ -53,12 +57,6 @@ __all__ = ["evaluate"]
 )
 @backend_options
 @click.option(
-    "--threads",
-    "num_threads",
-    type=click.IntRange(min=1),
-    help="CPU threads of ONNX Runtime.",
-)
-@click.option(
     "--show-answers",
     type=click.Choice(["all", "wrong"]),
     help="Print questions, truths and answers first: all, or where a bundle is wrong.",
@@ -84,7 +82,6 @@ def evaluate(
     data: Path,
     image_folder: Path | None,
     backend: str,
-    provider: str | None,
     show_answers: WhichAnswers | None,
     json_file: Path | None,
     markdown_file: Path | None,
@@ -105,8 +102,8 @@ def evaluate(
         EvaluationSettings(**settings),
         image_folder=image_folder,
         backend=backend,
-        provider=provider,
         progress=obj["progress"],
+        **given_backend_options(),
     )
     if show_answers is not None:
         click.echo(report.answers_text(show_answers))

@@ -65,6 +65,7 @@ def inspect(
     report = inspect_geometry(
         geometry,
         manifest.sparsity,
+        manifest.precision,
         prompt_text_len=prompt_len,
         output_len=output_len,
         passes=manifest.passes[DECODER],

@@ -8,18 +8,24 @@ from typing import Any
 
 import click
 
-from dllava_export.backends.ort.providers import PROVIDERS
-from dllava_export.backends.trt.trt_module import TENSORRT_BACKENDS
+from dllava_export.backends.registry import DEFAULT_BACKEND
+from dllava_export.commands.command import Command
+from dllava_export.commands.registry_choice import RegistryChoice
 from dllava_export.sparsity import POLICIES
 
 __all__ = [
     "RATE",
+    "BackendCommand",
+    "backend_choice",
     "backend_options",
     "check_folder",
+    "given_backend_options",
     "parse_ids",
     "sparsity_from",
     "sparsity_options",
 ]
+
+_GIVEN = "dllava_export.backend_options"
 
 RATE = click.FloatRange(0, 1, min_open=True)
 """A share in (0, 1]."""
@@ -63,21 +69,70 @@ def sparsity_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+def backend_choice(
+    *, building: bool = False, **settings: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return an option `--backend`.
+
+    Args:
+        building: Offer only backends for which engines are built.
+        **settings: See `click.option`.
+    """
+
+    def names() -> list[str]:
+        from dllava_export.backends.registry import BACKENDS
+
+        return [b.name for b in BACKENDS.all() if b.can_build or not building]
+
+    return click.option("--backend", type=RegistryChoice("backend", names), **settings)
+
+
 def backend_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Options that say what runs a bundle, and where."""
-    backend = click.option(
-        "--backend",
-        type=click.Choice(["onnxruntime", *TENSORRT_BACKENDS]),
-        default="onnxruntime",
+    """Options that say what runs a bundle, and where; for a `BackendCommand`."""
+    return backend_choice(
+        default=DEFAULT_BACKEND,
         show_default=True,
         help="What runs the bundle; the TensorRT ones run engines of `dllava-export build`.",
-    )
-    provider = click.option(
-        "--provider",
-        type=click.Choice(PROVIDERS),
-        help="Where ONNX Runtime computes; cuda needs an NVIDIA GPU.  [default: cpu]",
-    )
-    return backend(provider(function))
+    )(function)
+
+
+class BackendCommand(Command):
+    """A command that takes every backend's own options; `given_backend_options` has them."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the command's options and those of the backends."""
+        from dllava_export.backends.registry import BACKENDS
+
+        params = super().get_params(ctx)
+        taken = {flag for param in params for flag in param.opts}
+        offered = {
+            option.flag: option
+            for backend in BACKENDS.all()
+            for option in backend.cli_options()
+            if option.flag not in taken
+        }
+        others = [
+            click.Option(
+                [option.flag, option.name],
+                type=click.Choice(option.choices) if option.choices else click.IntRange(min=1),
+                help=option.help,
+                expose_value=False,
+                callback=_remember_option,
+            )
+            for option in offered.values()
+        ]
+        # Before --profile and --help, which close every list.
+        return [*params[:-2], *others, *params[-2:]]
+
+
+def _remember_option(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if value is not None:
+        ctx.meta.setdefault(_GIVEN, {})[param.name] = value
+
+
+def given_backend_options() -> dict[str, Any]:
+    """Return the backends' own options that the running command was given."""
+    return dict(click.get_current_context().meta.get(_GIVEN, {}))
 
 
 def sparsity_from(values: dict[str, Any]) -> Any:

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import click
 
-from dllava_export.commands.command import Command
-from dllava_export.commands.options import RATE, backend_options, parse_ids
+from dllava_export.commands.options import (
+    RATE,
+    BackendCommand,
+    backend_options,
+    given_backend_options,
+    parse_ids,
+)
 
 __all__ = ["run"]
 
 
 @click.command(
-    cls=Command, epilog='dllava-export run out --image cat.png --prompt "What is this?"'
+    cls=BackendCommand, epilog='dllava-export run out --image cat.png --prompt "What is this?"'
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--image", help="A picture, or none for a text-only prompt.")
@@ -43,7 +48,6 @@ __all__ = ["run"]
 @click.option("--top-p", type=RATE, default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), help="For a temperature above 0.")
 @backend_options
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of ONNX Runtime.")
 @click.option("--json", "as_json", is_flag=True, help="Print text, tokens and counts as JSON.")
 def run(
     bundle: Path,
@@ -56,8 +60,6 @@ def run(
     top_p: float,
     seed: int | None,
     backend: str,
-    provider: str | None,
-    threads: int | None,
     as_json: bool,
 ) -> None:
     """Answer a prompt about an image with BUNDLE; text appears as it is generated."""
@@ -66,25 +68,24 @@ def run(
 
     from dllava_export.runtime.loading import check_image_choice, load
 
-    session = load(bundle, backend, provider=provider, num_threads=threads)
-    picture = check_image_choice(session.manifest, image)
-
-    def show(_: int, token: int, text: str) -> None:
-        click.echo(text if session.manifest.chat_template else f"{token} ", nl=False)
-
-    (answer,) = session.generate(
-        [picture],
-        [prompt] if prompt is not None else None,
-        input_ids=[input_ids] if input_ids is not None else None,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        mode=mode,
-        on_token=None if as_json else show,
-    )
+    with load(bundle, backend, **given_backend_options()) as session:
+        picture = check_image_choice(session.manifest, image)
+        stream = session.stream(
+            prompt,
+            image=picture,
+            input_ids=input_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            mode=mode,
+        )
+        for piece in stream:
+            if not as_json:
+                text = piece.text if session.manifest.chat_template else f"{piece.token_id} "
+                click.echo(text, nl=False)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(answer), indent=2))
+        click.echo(json.dumps(dataclasses.asdict(stream.result), indent=2))
         return
     click.echo()
-    click.echo(answer.to_text(), err=True)
+    click.echo(stream.result.to_text(), err=True)

@@ -8,8 +8,12 @@ from typing import Any
 
 import click
 
-from dllava_export.commands.command import Command
-from dllava_export.commands.options import backend_options, check_folder
+from dllava_export.commands.options import (
+    BackendCommand,
+    backend_options,
+    check_folder,
+    given_backend_options,
+)
 
 __all__ = ["validate"]
 
@@ -17,7 +21,7 @@ _TOLERANCE = click.FloatRange(min=0)
 
 
 @click.command(
-    cls=Command,
+    cls=BackendCommand,
     context_settings={"show_default": True},
     epilog="dllava-export validate out --against torch --checkpoint llava-v1.5-7b --layers",
 )
@@ -119,7 +123,10 @@ def validate(
     if plot is not None:
         check_plot_format(plot)
     report = validate_bundle(
-        bundle, ValidationSettings(**settings), image=image, prompt=prompt
+        bundle,
+        ValidationSettings(**settings, backend_options=given_backend_options()),
+        image=image,
+        prompt=prompt,
     )
     click.echo(report.to_text())
     if json_file is not None:

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import click
 
-from dllava_export.commands.command import Command
-from dllava_export.commands.options import backend_options, check_folder, parse_ids
+from dllava_export.commands.options import (
+    BackendCommand,
+    backend_options,
+    check_folder,
+    given_backend_options,
+    parse_ids,
+)
 
 __all__ = ["visualize"]
 
 
 @click.command(
-    cls=Command,
+    cls=BackendCommand,
     epilog='dllava-export visualize out --image cat.png --prompt "What is this?" -o out.png',
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -26,7 +31,6 @@ __all__ = ["visualize"]
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @backend_options
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of ONNX Runtime.")
 @click.option(
     "-o",
     "--output",
@@ -42,8 +46,6 @@ def visualize(
     input_ids: list[int] | None,
     max_new_tokens: int,
     backend: str,
-    provider: str | None,
-    threads: int | None,
     output: Path,
 ) -> None:
     """Draw what BUNDLE keeps: patches and their scores, generated tokens, KV cache lengths."""
@@ -62,8 +64,7 @@ def visualize(
         input_ids=input_ids,
         max_new_tokens=max_new_tokens,
         backend=backend,
-        provider=provider,
-        num_threads=threads,
+        **given_backend_options(),
     )
     draw(trace, output)
     click.echo(f"Drew {output}")

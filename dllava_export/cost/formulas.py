@@ -6,8 +6,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
+from dllava_export import names
+from dllava_export.backends.cache_groups import CacheGroup, cache_groups
+from dllava_export.backends.kv_plan import bytes_per_row
 from dllava_export.geometry import Geometry, PredictorGeometry
+from dllava_export.precision import Precision
 from dllava_export.sparsity import Sparsity
 
 __all__ = ["ExactFlops", "KVGroup", "exact_flops", "kv_bytes", "paper_flops", "rows_per_layer"]
@@ -33,16 +38,24 @@ class KVGroup:
     """The KV cache of layers that store the same rows.
 
     Attributes:
-        name: `full` below `sparse_layer`, `sparse` from it on.
-        num_layers: Layers in the group.
+        group: The layers.
         rows: Rows in each layer at the end of the generation.
         bytes: Bytes of keys and values of one sample in all layers of the group.
     """
 
-    name: str
-    num_layers: int
+    group: CacheGroup
     rows: int
     bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return values that `json.dumps` takes."""
+        group = self.group
+        return {
+            "name": group.name,
+            "num_layers": group.num_layers,
+            "rows": self.rows,
+            "bytes": self.bytes,
+        }
 
 
 def rows_per_layer(geometry: Geometry, sparsity: Sparsity, prompt_text_len: int) -> list[int]:
@@ -57,10 +70,12 @@ def rows_per_layer(geometry: Geometry, sparsity: Sparsity, prompt_text_len: int)
     """
     num_image_tokens = geometry.num_image_tokens
     num_kept = sparsity.num_kept_image_tokens(num_image_tokens)
-    num_full = _num_full_layers(geometry, sparsity)
-    return [prompt_text_len + num_image_tokens] * num_full + [prompt_text_len + num_kept] * (
-        geometry.num_layers - num_full
-    )
+    image_rows = {names.FULL: num_image_tokens, names.SPARSE: num_kept}
+    return [
+        prompt_text_len + image_rows[group.name]
+        for group in cache_groups(geometry, sparsity)
+        for _ in range(group.num_layers)
+    ]
 
 
 def paper_flops(hidden_size: int, rows_by_layer: Sequence[int]) -> float:
@@ -132,14 +147,15 @@ def exact_flops(
             step_fixed += _text_predictor_flops(geometry)
 
     num_steps = output_len - 1
-    num_full = _num_full_layers(geometry, sparsity)
-    num_sparse = geometry.num_layers - num_full
     rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0
+    rates = {names.FULL: 1.0, names.SPARSE: rate}
 
     def attended(step: float) -> float:
         """Sum over layers of the rows that are visible in decode step `step`."""
-        full = num_full * (rows[0] + step)
-        return full + num_sparse * (rows[-1] + rate * (step - 1) + 1)
+        return sum(
+            group.num_layers * (rows[group.first_layer] + rates[group.name] * (step - 1) + 1)
+            for group in cache_groups(geometry, sparsity)
+        )
 
     decode_step = step_fixed + attention * attended(num_steps) if num_steps else 0.0
     # The attended rows grow by the same amount in each step: their mean is the middle one.
@@ -149,8 +165,12 @@ def exact_flops(
 
 
 def kv_bytes(
-    geometry: Geometry, sparsity: Sparsity, prompt_text_len: int, output_len: int
-) -> tuple[KVGroup, KVGroup]:
+    geometry: Geometry,
+    sparsity: Sparsity,
+    precision: Precision,
+    prompt_text_len: int,
+    output_len: int,
+) -> tuple[KVGroup, ...]:
     """Return the expected KV cache of one sample after `output_len` generated tokens.
 
     Rows of the full group: P + output_len. Rows of the sparse group: the kept prompt rows
@@ -160,41 +180,26 @@ def kv_bytes(
     Args:
         geometry: Sizes of the model.
         sparsity: What is pruned.
+        precision: How values are stored.
         prompt_text_len: Text tokens of the prompt.
         output_len: Generated tokens.
 
     Returns:
-        The full and the sparse group. Of a dense decoder all layers are in the full group.
+        One entry per cache group; a dense decoder has a single one.
 
     Raises:
         ValueError: If the settings do not fit the model.
     """
     rows = rows_per_layer(geometry, sparsity, prompt_text_len)
-    num_full = _num_full_layers(geometry, sparsity)
-    stored = output_len
+    stored = {names.FULL: output_len, names.SPARSE: output_len}
     if sparsity.has_keep_bit:
-        stored = math.ceil(sparsity.output_text_keep_rate * output_len)
-    row_bytes = 2 * geometry.num_kv_heads * geometry.head_dim * geometry.bytes_per_value
-
-    def group(name: str, num_layers: int, num_rows: int) -> KVGroup:
-        num_rows = num_rows if num_layers else 0
-        return KVGroup(name, num_layers, num_rows, num_layers * num_rows * row_bytes)
-
-    return (
-        group("full", num_full, rows[0] + output_len),
-        group("sparse", geometry.num_layers - num_full, rows[-1] + stored),
-    )
-
-
-def _num_full_layers(geometry: Geometry, sparsity: Sparsity) -> int:
-    if sparsity.is_dense:
-        return geometry.num_layers
-    if sparsity.sparse_layer >= geometry.num_layers:
-        raise ValueError(
-            f"sparse_layer must be below the {geometry.num_layers} layers of the model, got "
-            f"{sparsity.sparse_layer}."
-        )
-    return sparsity.sparse_layer
+        stored[names.SPARSE] = math.ceil(sparsity.output_text_keep_rate * output_len)
+    row_bytes = bytes_per_row(geometry, precision)
+    found = []
+    for group in cache_groups(geometry, sparsity):
+        num_rows = rows[group.first_layer] + stored[group.name]
+        found.append(KVGroup(group, num_rows, group.num_layers * num_rows * row_bytes))
+    return tuple(found)
 
 
 def _linear_flops_per_row(geometry: Geometry) -> int:

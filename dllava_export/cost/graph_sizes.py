@@ -116,8 +116,7 @@ def graph_sizes(graphs: BundleGraphs, plan: KVPlan, rows: Rows) -> GraphSizes:
         names.ROWS: rows.prompt,
         names.NUM_KEPT_DIM: rows.kept,
         names.NUM_IMAGE_ROWS: rows.image,
-        names.CAPACITY_FULL: plan.capacity_full,
-        names.CAPACITY_SPARSE: plan.capacity_sparse,
+        **{names.capacity(group): rows for group, rows in plan.capacities.items()},
     }
     weights = graphs.decoder.graph.initializer
     own = [tensor for tensor in weights if tensor.name not in graphs.predictor_names]

@@ -15,12 +15,12 @@ from dllava_export.cost.formulas import (
     rows_per_layer,
 )
 from dllava_export.geometry import Geometry
+from dllava_export.precision import Precision
 from dllava_export.reporting.byte_sizes import format_bytes
 from dllava_export.reporting.comparison_table import (
     HEADING,
     Row,
     compare,
-    layer_spans,
     table_lines,
 )
 from dllava_export.sparsity import Sparsity
@@ -37,6 +37,7 @@ class InspectionReport:
     Attributes:
         geometry: Sizes of the model.
         sparsity: What is pruned.
+        precision: How values are stored.
         prompt_text_len: Text tokens of the prompt.
         output_len: Generated tokens.
         rows: Rows of each layer in prefill, (dense, sparse).
@@ -48,29 +49,31 @@ class InspectionReport:
 
     geometry: Geometry
     sparsity: Sparsity
+    precision: Precision
     prompt_text_len: int
     output_len: int
     rows: tuple[list[int], list[int]]
     paper: tuple[float, float]
     flops: tuple[ExactFlops, ExactFlops]
-    kv: tuple[tuple[KVGroup, KVGroup], tuple[KVGroup, KVGroup]]
+    kv: tuple[tuple[KVGroup, ...], tuple[KVGroup, ...]]
     passes: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as values that `json.dumps` takes. FLOPs and bytes are plain."""
 
         def side(index: int) -> dict[str, Any]:
-            groups = [dataclasses.asdict(group) for group in self.kv[index]]
+            groups = [group.to_json() for group in self.kv[index]]
             return {
                 "rows_per_layer": self.rows[index],
                 "paper_prefill_flops": self.paper[index],
                 "flops": dataclasses.asdict(self.flops[index]),
-                "kv_cache": {"groups": groups, "bytes": self._kv_total(index)},
+                "kv_cache": {"groups": groups, "bytes": self.kv_total(index)},
             }
 
         return {
             "geometry": dataclasses.asdict(self.geometry),
             "sparsity": dataclasses.asdict(self.sparsity),
+            "precision": self.precision.to_json(),
             "num_kept_image_tokens": self._num_kept,
             "prompt_text_len": self.prompt_text_len,
             "output_len": self.output_len,
@@ -104,14 +107,16 @@ class InspectionReport:
     def _num_kept(self) -> int:
         return self.sparsity.num_kept_image_tokens(self.geometry.num_image_tokens)
 
-    def _kv_total(self, index: int) -> int:
+    def kv_total(self, index: int) -> int:
+        """Return the bytes of all groups; index 0 is dense, 1 sparse."""
         return sum(group.bytes for group in self.kv[index])
 
-    def _kv_bytes_per_layer(self, index: int) -> list[float]:
+    def kv_bytes_per_layer(self, index: int) -> list[float]:
+        """Return the bytes of each layer's cache; index 0 is dense, 1 sparse."""
         return [
-            group.bytes / group.num_layers
-            for group in self.kv[index]
-            for _ in range(group.num_layers)
+            entry.bytes / entry.group.num_layers
+            for entry in self.kv[index]
+            for _ in range(entry.group.num_layers)
         ]
 
     def _describe_model(self) -> str:
@@ -119,7 +124,7 @@ class InspectionReport:
         return (
             f"{geometry.num_layers} layers, hidden size {geometry.hidden_size}, "
             f"{geometry.num_heads} heads and {geometry.num_kv_heads} KV heads of "
-            f"{geometry.head_dim}, {geometry.bytes_per_value} bytes per value"
+            f"{geometry.head_dim}, {self.precision.cache.num_bytes} bytes per value"
         )
 
     def _describe_sparsity(self) -> str:
@@ -136,10 +141,10 @@ class InspectionReport:
     def _comparisons(self) -> list[Row]:
         dense, sparse = self.flops
         table = [HEADING]
-        spans = layer_spans(group.num_layers for group in self.kv[1])
-        for first, last in spans:
-            name = f"prefill rows, layers {first} to {last}"
-            table.append(compare(name, self.rows[0][first], self.rows[1][first], str))
+        groups = [entry.group for entry in self.kv[1]]
+        for group in groups:
+            dense_rows, sparse_rows = (side[group.first_layer] for side in self.rows)
+            table.append(compare(f"prefill rows, {group.text}", dense_rows, sparse_rows, str))
         table += [
             compare("prefill FLOPs", dense.prefill, sparse.prefill, _engineering),
             compare("last decode step FLOPs", dense.decode_step, sparse.decode_step,
@@ -147,12 +152,12 @@ class InspectionReport:
             compare("generation FLOPs", dense.generation, sparse.generation, _engineering),
             compare("prefill FLOPs, paper's formula (image rows)", *self.paper, _engineering),
         ]  # fmt: skip
-        per_layer = [self._kv_bytes_per_layer(index) for index in (0, 1)]
-        for first, last in spans:
-            name = f"KV cache, layers {first} to {last}"
-            dense_bytes, sparse_bytes = (sum(side[first : last + 1]) for side in per_layer)
+        per_layer = [self.kv_bytes_per_layer(index) for index in (0, 1)]
+        for group in groups:
+            dense_bytes, sparse_bytes = (sum(side[group.layers]) for side in per_layer)
+            name = f"KV cache, {group.text}"
             table.append(compare(name, dense_bytes, sparse_bytes, format_bytes))
-        totals = self._kv_total(0), self._kv_total(1)
+        totals = self.kv_total(0), self.kv_total(1)
         table.append(compare("KV cache, total", *totals, format_bytes))
         return table
 
@@ -160,6 +165,7 @@ class InspectionReport:
 def inspect_geometry(
     geometry: Geometry,
     sparsity: Sparsity,
+    precision: Precision,
     *,
     prompt_text_len: int = 64,
     output_len: int = 256,
@@ -170,6 +176,7 @@ def inspect_geometry(
     Args:
         geometry: Sizes of the model.
         sparsity: What is pruned.
+        precision: How values are stored.
         prompt_text_len: Text tokens of the prompt.
         output_len: Generated tokens, at least 1.
         passes: Entries of the manifest, each with `name` and perhaps `parameters`.
@@ -184,10 +191,13 @@ def inspect_geometry(
         for setting in settings
     ]
     flops = [exact_flops(geometry, item, prompt_text_len, output_len) for item in settings]
-    kv = [kv_bytes(geometry, item, prompt_text_len, output_len) for item in settings]
+    kv = [
+        kv_bytes(geometry, item, precision, prompt_text_len, output_len) for item in settings
+    ]
     return InspectionReport(
         geometry=geometry,
         sparsity=sparsity,
+        precision=precision,
         prompt_text_len=prompt_text_len,
         output_len=output_len,
         rows=(rows[0], rows[1]),

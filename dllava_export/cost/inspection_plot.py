@@ -33,14 +33,14 @@ def plot_report(report: InspectionReport, path: str | os.PathLike[str]) -> None:
     _draw_layers(rows_axes, report.rows)
     rows_axes.set_title("Prefill", loc="left", fontweight="bold")
     rows_axes.set_ylabel("rows")
-    per_layer = [report._kv_bytes_per_layer(index) for index in (0, 1)]
+    per_layer = [report.kv_bytes_per_layer(index) for index in (0, 1)]
     unit, size = byte_unit(max(*per_layer[0], *per_layer[1]))
     _draw_layers(kv_axes, [[value / size for value in side] for side in per_layer])
     kv_axes.set_title(
         f"KV cache after {report.output_len} generated tokens", loc="left", fontweight="bold"
     )
     kv_axes.set_ylabel(f"{unit} per layer")
-    totals = [report._kv_total(index) for index in (0, 1)]
+    totals = [report.kv_total(index) for index in (0, 1)]
     _add_legend(rows_axes, [f"{sum(rows):,} rows in all" for rows in report.rows])
     _add_legend(kv_axes, [f"{format_bytes(total)} in all" for total in totals])
     figure.suptitle(_plot_title(report), x=0.01, ha="left", fontsize=10, color="0.3")

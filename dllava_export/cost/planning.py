@@ -20,12 +20,12 @@ from typing import Any
 from dllava_export.backends.kv_plan import KVPlan, plan_kv_cache
 from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.cost.graph_sizes import GraphSizes, Rows, graph_sizes, read_graphs
+from dllava_export.precision import FP32
 from dllava_export.reporting.byte_sizes import format_bytes
 from dllava_export.reporting.comparison_table import (
     HEADING,
     Row,
     compare,
-    layer_spans,
     table_lines,
 )
 from dllava_export.reporting.resources import stage
@@ -119,8 +119,12 @@ class MemoryEstimate:
 
     @property
     def kv_cache(self) -> int:
-        """Bytes of both groups of the KV cache."""
-        return self.kv_plan.bytes_full + self.kv_plan.bytes_sparse
+        """Bytes of all groups of the KV cache."""
+        return self.kv_plan.total_bytes
+
+    def group_bytes(self, name: str) -> int:
+        """Return the bytes of a cache group; 0 where the decoder has no such group."""
+        return sum(self.kv_plan.num_bytes(g) for g in self.kv_plan.groups if g.name == name)
 
     @property
     def activations(self) -> int:
@@ -146,16 +150,19 @@ class MemoryEstimate:
         """Return values that `json.dumps` takes."""
         plan = self.kv_plan
         return {
-            "capacity_full": plan.capacity_full,
-            "capacity_sparse": plan.capacity_sparse if plan.num_sparse_layers else None,
-            "num_full_layers": plan.num_full_layers,
-            "num_sparse_layers": plan.num_sparse_layers,
+            "cache_groups": [
+                {
+                    **dataclasses.asdict(group),
+                    "capacity": plan.capacities[group.name],
+                    "bytes": plan.num_bytes(group),
+                }
+                for group in plan.groups
+            ],
             "bytes": {
                 "decoder_weights": self.decoder_weights,
                 "predictor_weights": self.predictor_weights,
                 "visual_weights": self.visual_weights,
-                "kv_cache_full": plan.bytes_full,
-                "kv_cache_sparse": plan.bytes_sparse,
+                "kv_cache": plan.total_bytes,
                 "decoder_activations": self.decoder_activations,
                 "visual_activations": self.visual_activations,
                 "buffers": self.buffers,
@@ -227,26 +234,21 @@ class MemoryPlan:
     def _rows(self) -> list[Row]:
         dense, sparse = self.dense, self.sparse
         plan = sparse.kv_plan
-        sizes = (plan.num_full_layers, plan.num_sparse_layers)
-        # Below sparse_layer there is always a layer, from it on in sparse bundles only.
-        groups = (
-            (plan.capacity_full, plan.bytes_full),
-            (plan.capacity_sparse, plan.bytes_sparse),
-        )
-        spans = list(zip(layer_spans(sizes), groups, strict=False))
-        layer_bytes = dense.kv_plan.bytes_full // dense.kv_plan.num_full_layers
+        (every_layer,) = dense.kv_plan.groups
+        dense_rows = dense.kv_plan.capacities[every_layer.name]
+        layer_bytes = dense.kv_plan.total_bytes // every_layer.num_layers
         rows = [HEADING]
-        for (first, last), (capacity, _) in spans:
-            name = f"cache rows, layers {first} to {last}"
-            rows.append(compare(name, dense.kv_plan.capacity_full, capacity, str))
+        for group in plan.groups:
+            capacity = plan.capacities[group.name]
+            rows.append(compare(f"cache rows, {group.text}", dense_rows, capacity, str))
         parts = [
             ("decoder weights", dense.decoder_weights, sparse.decoder_weights),
             ("predictor weights", dense.predictor_weights, sparse.predictor_weights),
             ("vision weights", dense.visual_weights, sparse.visual_weights),
         ]
-        for (first, last), (_, num_bytes) in spans:
-            name = f"KV cache, layers {first} to {last}"
-            parts.append((name, (last - first + 1) * layer_bytes, num_bytes))
+        for group in plan.groups:
+            dense_bytes = group.num_layers * layer_bytes
+            parts.append((f"KV cache, {group.text}", dense_bytes, plan.num_bytes(group)))
         parts += [
             ("decoder activations", dense.decoder_activations, sparse.decoder_activations),
             ("vision activations", dense.visual_activations, sparse.visual_activations),
@@ -301,6 +303,7 @@ def plan_memory(folder: str | Path, request: PlanRequest) -> MemoryPlan:
         plan = plan_kv_cache(
             geometry,
             sparsity,
+            manifest.precision,
             batch=request.batch_size,
             num_prompt=rows.prompt,
             num_kept=rows.kept,
@@ -324,7 +327,10 @@ def plan_memory(folder: str | Path, request: PlanRequest) -> MemoryPlan:
         sparsity=manifest.sparsity,
         request=request,
         embedding=graphs.embedding_bytes,
-        stored_scores=geometry.num_heads * num_rows * total_len * geometry.bytes_per_value,
+        stored_scores=geometry.num_heads
+        * num_rows
+        * total_len
+        * manifest.precision.activations.num_bytes,
         dense=dense,
         sparse=sparse,
     )
@@ -370,7 +376,9 @@ def _check_room(folder: Path, manifest: Manifest, sparse: MemoryEstimate) -> Non
     memory, fixed = sparse.gpu_memory, sparse.fixed
     runtime = format_bytes(RUNTIME_BYTES)
     if fixed >= memory:
-        remedy = "" if manifest.precision != "fp32" else ", or export with --precision fp16"
+        remedy = (
+            "" if manifest.precision.weights != FP32 else ", or export with --precision fp16"
+        )
         raise ValueError(
             f"gpu_memory is {format_bytes(memory)}, but the weights of {folder} take "
             f"{format_bytes(sparse.weights)} (decoder {format_bytes(sparse.decoder_weights)}, "

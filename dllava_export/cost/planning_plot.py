@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from dllava_export import names
 from dllava_export.cost.planning import RUNTIME_BYTES, MemoryEstimate, MemoryPlan
 from dllava_export.reporting.byte_sizes import byte_unit, format_bytes
 from dllava_export.reporting.output_files import check_plot_format, save_plot
@@ -65,8 +66,7 @@ def _segments(estimate: MemoryEstimate) -> list[tuple[str, int]]:
     return [
         ("weights", estimate.weights),
         ("CUDA context, kernels", RUNTIME_BYTES),
-        ("KV cache, full layers", estimate.kv_plan.bytes_full),
-        ("KV cache, sparse layers", estimate.kv_plan.bytes_sparse),
+        *((f"KV cache, {name} layers", estimate.group_bytes(name)) for name in names.GROUPS),
         ("activations", estimate.activations),
         ("inputs and outputs", estimate.buffers),
     ]

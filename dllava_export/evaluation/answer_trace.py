@@ -12,10 +12,14 @@ import numpy as np
 
 from dllava_export import names
 from dllava_export.backends.kv_plan import SPARE_ROWS
+from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import Manifest
 from dllava_export.errors import InvalidInputError
+from dllava_export.families.registry import positions_of
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.runtime.generation import CachedRun, GenerationLoop, GenerationSettings
+from dllava_export.runtime.results import DecodeResult, Generation, Piece, PrefillResult
 
 if TYPE_CHECKING:
     import onnx
@@ -80,9 +84,8 @@ def trace_answer(
     prompt: str | None = None,
     input_ids: Sequence[int] | None = None,
     max_new_tokens: int = 128,
-    backend: str = "onnxruntime",
-    provider: str | None = None,
-    num_threads: int | None = None,
+    backend: str = DEFAULT_BACKEND,
+    **options: Any,
 ) -> AnswerTrace:
     """Answer a prompt greedily and remember what was kept.
 
@@ -93,8 +96,7 @@ def trace_answer(
         input_ids: Token ids instead of `prompt`, -200 for the image.
         max_new_tokens: Tokens generated at most.
         backend: As `load` takes it. Scores always come from ONNX Runtime on the CPU.
-        provider: As `load` takes it.
-        num_threads: Threads of ONNX Runtime; its own default where None.
+        **options: The backend's own, as `load` takes them.
 
     Raises:
         BackendError: If the backend cannot run the bundle.
@@ -104,12 +106,11 @@ def trace_answer(
     """
     from dllava_export.runtime.loading import check_image_choice, load
 
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    settings = GenerationSettings(max_new_tokens=max_new_tokens)
     if (prompt is None) == (input_ids is None):
         raise InvalidInputError("Give either prompt or input_ids, one of the two.")
     folder = Path(folder)
-    session = load(folder, backend, provider=provider, num_threads=num_threads)
+    session = load(folder, backend, **options)
     manifest = session.manifest
     picture = check_image_choice(manifest, image)
     if picture is not None:
@@ -127,12 +128,14 @@ def trace_answer(
     if picture is not None:
         pixels = session.image_processor([picture])
         features = session.encode_images(pixels)
-    prefill = session.prefill([ids], image_features=features, max_new_tokens=max_new_tokens)
-    kept = prefill.kept_image_indices[0]
-    tokens, keep, lengths = _generate(session, prefill.logits, max_new_tokens)
+    run = _TracedRun(session, ids, features, max_new_tokens)
+    loop = GenerationLoop(session, run, settings)
+    pieces = list(loop.pieces())
+    assert run.prefilled is not None
+    kept = run.prefilled.kept_image_indices[0]
     scores = None
     if features is not None and not manifest.sparsity.is_dense:
-        scores = image_scores(folder, manifest, ids, features, num_threads=num_threads)
+        scores = image_scores(folder, manifest, ids, features)
     return AnswerTrace(
         manifest=manifest,
         name=folder.resolve().name,
@@ -140,9 +143,9 @@ def trace_answer(
         picture=None if pixels is None else _visible(pixels[0], session.image_processor),
         kept_image_indices=kept[kept >= 0],
         scores=scores,
-        pieces=tuple(_pieces(session, tokens)),
-        keep=np.array(keep, bool),
-        lengths=np.stack([prefill.cache_lengths[:, 0], *lengths]),
+        pieces=tuple(_texts(session, pieces, loop.results[0])),
+        keep=np.array(run.keep, bool),
+        lengths=np.stack([run.prefilled.cache_lengths[:, 0], *run.lengths]),
     )
 
 
@@ -151,8 +154,6 @@ def image_scores(
     manifest: Manifest,
     input_ids: np.ndarray,
     image_features: np.ndarray,
-    *,
-    num_threads: int | None = None,
 ) -> np.ndarray:
     """Return the scores by which the decoder chooses image tokens.
 
@@ -163,7 +164,6 @@ def image_scores(
         manifest: Its manifest.
         input_ids: [t] int64 with one -200.
         image_features: [1, num_image_tokens, hidden_size].
-        num_threads: Threads of ONNX Runtime; its own default where None.
 
     Returns:
         [num_image_tokens] float32, higher is kept. Log-probabilities of `keep` for policy
@@ -176,7 +176,8 @@ def image_scores(
     llm = folder / layout.LLM_FOLDER
     assert manifest.embedding is not None
     lookup = EmbeddingTable(llm, manifest.embedding).lookup
-    rows = assemble_prompt([input_ids], image_features, lookup)
+    positions = positions_of(manifest.family)
+    rows = assemble_prompt([input_ids], image_features, lookup, positions)
     num_rows, num_image = int(rows.lengths[0]), int(rows.num_image[0])
     num_kept = num_rows - num_image + manifest.sparsity.num_kept_image_tokens(num_image)
     values: dict[str, np.ndarray] = {
@@ -186,10 +187,10 @@ def image_scores(
         names.NUM_KEPT: np.array([num_kept]),
         names.KEPT_LENGTHS: np.array([num_kept]),
         names.NUM_IMAGE_ROWS: rows.num_image,
-        names.WRITE_INDEX_FULL: np.zeros(1, np.int64),
+        names.write_index(names.FULL): np.zeros(1, np.int64),
     }
     graph = lowered_model(_score_graph(llm / layout.DECODER))
-    scorer = open_session(graph, folder=llm, num_threads=num_threads)
+    scorer = open_session(graph, folder=llm)
     geometry = manifest.geometry
     cache = (1, geometry.num_kv_heads, num_rows + SPARE_ROWS, geometry.head_dim)
     feeds = {
@@ -219,33 +220,45 @@ def _score_graph(path: Path) -> onnx.ModelProto:
     return model_from_graph(graph)
 
 
-def _generate(
-    session: Session, logits: np.ndarray, max_new_tokens: int
-) -> tuple[list[int], list[bool], list[np.ndarray]]:
-    """Return tokens, the keep bits of those fed back, and cache lengths [layers] after each."""
-    tokens: list[int] = []
-    keep: list[bool] = []
-    lengths: list[np.ndarray] = []
-    while True:
-        token = int(logits[0].argmax())
-        if token in session.eos_token_ids:
-            return tokens, keep, lengths
-        tokens.append(token)
-        if len(tokens) == max_new_tokens or session.is_full[0]:
-            return tokens, keep, lengths
-        step = session.decode([token])
-        keep.append(bool(step.keep[0]))
-        lengths.append(step.cache_lengths[:, 0])
-        logits = step.logits
+class _TracedRun(CachedRun):
+    """A generation about given image features that remembers what every step left behind.
+
+    Attributes:
+        prefilled: What the prompt gave; None before the start.
+        keep: Keep bit of each token that was fed back.
+        lengths: [layers] int64 cache lengths after each of them.
+    """
+
+    def __init__(
+        self, session: Session, ids: np.ndarray, features: np.ndarray | None, num_new: int
+    ) -> None:
+        super().__init__(session, [ids], None, num_new)
+        self._features = features
+        self.prefilled: PrefillResult | None = None
+        self.keep: list[bool] = []
+        self.lengths: list[np.ndarray] = []
+
+    def prefill(self) -> PrefillResult:
+        self.prefilled = self._session.prefill(
+            self._ids, image_features=self._features, max_new_tokens=self._num_new
+        )
+        return self.prefilled
+
+    def decode(self, tokens: np.ndarray, active: np.ndarray) -> DecodeResult:
+        step = super().decode(tokens, active)
+        self.keep.append(bool(step.keep[0]))
+        self.lengths.append(step.cache_lengths[:, 0])
+        return step
 
 
-def _pieces(session: Session, tokens: Sequence[int]) -> list[str]:
+def _texts(session: Session, pieces: Sequence[Piece], answer: Generation) -> list[str]:
     """Return each token's text; one that only starts a character has none."""
     if session.manifest.chat_template is None:
-        return [str(token) if i == 0 else f" {token}" for i, token in enumerate(tokens)]
-    decoder = session.tokenizer.stream_decoder()
-    pieces = [decoder.push(token) for token in tokens]
-    return [*pieces[:-1], pieces[-1] + decoder.flush()] if pieces else []
+        return [f"{' ' if number else ''}{p.token_id}" for number, p in enumerate(pieces)]
+    texts = [piece.text for piece in pieces]
+    if texts:  # what is left of a character at the end
+        texts[-1] += answer.text[sum(map(len, texts)) :]
+    return texts
 
 
 def _visible(pixel_values: np.ndarray, processor: Any) -> np.ndarray:

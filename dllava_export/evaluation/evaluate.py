@@ -12,8 +12,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.errors import BundleError, InvalidInputError
@@ -49,9 +50,9 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     *,
     image_folder: str | Path | None = None,
-    backend: str = "onnxruntime",
-    provider: str | None = None,
+    backend: str = DEFAULT_BACKEND,
     progress: bool = False,
+    **options: Any,
 ) -> EvaluationReport:
     """Ask bundles the same questions, one bundle after the other, greedily.
 
@@ -63,8 +64,8 @@ def evaluate(
         settings: How they are asked.
         image_folder: What names of images start from; the file's folder by default.
         backend: As `load` takes it.
-        provider: As `load` takes it.
         progress: Show a progress bar on stderr.
+        **options: The backend's own, as `load` takes them.
 
     Raises:
         EvaluationError: If the file or a record of it cannot be used, or a bundle has no
@@ -99,14 +100,7 @@ def evaluate(
     with tqdm(total=len(paths) * len(questions), disable=not progress, leave=False) as bar:
         for reader, name in zip(readers, _names(paths), strict=True):
             bar.set_description(name)
-            opener = functools.partial(
-                load,
-                reader.path,
-                backend,
-                provider=provider,
-                num_threads=settings.num_threads,
-                verify=False,
-            )
+            opener = functools.partial(load, reader.path, backend, verify=False, **options)
             results.append(_ask_all(reader, name, questions, settings, opener, bar.update))
     return EvaluationReport(data, settings, tuple(results), tuple(skipped))
 
@@ -262,8 +256,8 @@ def _ask(
 ) -> list[Answer]:
     assert settings.max_new_tokens is not None
     generations = session.generate(
-        [question.image for question in questions],
         [question.text for question in questions],
+        [question.image for question in questions],
         max_new_tokens=settings.max_new_tokens,
         mode=settings.mode,
     )
@@ -279,12 +273,13 @@ def _ask(
 def _kv_uses(session: Session) -> list[KVUse]:
     """Return the valid bytes of each sample's caches. The first layer stores every row."""
     plan, lengths = session.kv_plan, session.cache_lengths
+    pruned = slice(plan.groups[0].num_layers, None)
     return [
         KVUse(
             bytes=int(rows.sum()) * plan.bytes_per_row,
             dense_bytes=int(rows[0]) * len(rows) * plan.bytes_per_row,
-            sparse_bytes=int(rows[plan.num_full_layers :].sum()) * plan.bytes_per_row,
-            dense_sparse_bytes=int(rows[0]) * plan.num_sparse_layers * plan.bytes_per_row,
+            sparse_bytes=int(rows[pruned].sum()) * plan.bytes_per_row,
+            dense_sparse_bytes=int(rows[0]) * len(rows[pruned]) * plan.bytes_per_row,
         )
         for rows in lengths.T
     ]

@@ -23,7 +23,6 @@ class EvaluationSettings:
         mode: `cache`, or `recompute` for a pass without KV cache per token.
         limit: Ask only the first so many usable questions; None for all.
         on_bad_record: `stop` at the first bad record, or `skip` them.
-        num_threads: Threads of the runtime; its own default where None.
     """
 
     batch_size: int = 8
@@ -31,7 +30,6 @@ class EvaluationSettings:
     mode: str = "cache"
     limit: int | None = None
     on_bad_record: OnBadRecord = "stop"
-    num_threads: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "limit"):

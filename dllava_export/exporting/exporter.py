@@ -22,7 +22,7 @@ from dllava_export.exporting.options import SparsityOptions, complete_sparsity
 from dllava_export.exporting.report import ExportReport
 from dllava_export.exporting.transform import transform_decoder
 from dllava_export.families.family import ChatTemplate
-from dllava_export.precision import _numpy_dtype
+from dllava_export.precision import BF16, FP16, Precision
 from dllava_export.reporting import resources
 from dllava_export.reporting.stages import show_stages
 from dllava_export.sparsity import Sparsity
@@ -86,8 +86,6 @@ def export(
         ValueError: If a setting is out of range.
     """
     with resources.stage("loading PyTorch"):
-        import torch
-
         from dllava_export.exporting.tracing import trace_decoder, trace_visual
         from dllava_export.exporting.weights import attach_weights, write_embedding
 
@@ -98,20 +96,17 @@ def export(
         checkpoint,
         num_layers=spec.num_layers,
     )
-    default = "fp16" if checkpoint.precision == "bf16" else checkpoint.precision
-    precision = precision or default
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if precision not in dtypes:
-        raise ValueError(f"precision must be one of {', '.join(dtypes)}, got {precision!r}.")
+    stored = checkpoint.weight_format
+    chosen = Precision.of(precision or (FP16 if stored == BF16 else stored).name)
     with new_bundle(Path(out)) as folder:
         llm, visual = folder / layout.LLM_FOLDER, folder / layout.VISUAL_FOLDER
         llm.mkdir()
         visual.mkdir()
         with show_stages(progress, _NUM_STAGES) as stage:
             with stage("tracing the decoder"):
-                dense = trace_decoder(checkpoint, dtypes[precision])
+                dense = trace_decoder(checkpoint, chosen.activations.torch)
             with stage("tracing the vision tower"):
-                visual_model = trace_visual(checkpoint, dtypes[precision])
+                visual_model = trace_visual(checkpoint, chosen.activations.torch)
             with stage("sparsifying"):
                 predictors = predictor_model(checkpoint)
                 models, passes = transform_decoder(
@@ -132,7 +127,7 @@ def export(
             embedding = write_embedding(
                 llm,
                 checkpoint.tensors[names.TOKEN_EMBEDDING],
-                _numpy_dtype(precision),
+                chosen.weights.numpy,
                 link=link,
             )
         with resources.stage("writing graphs"):
@@ -141,9 +136,10 @@ def export(
         _write_json(visual / "preprocessor_config.json", checkpoint.preprocessor)
         template, eos, warnings = _copy_tokenizer(checkpoint, llm)
         manifest = Manifest(
+            family=checkpoint.family.name,
             layout=spec.layout,
-            precision=precision,
-            geometry=spec.geometry(bytes_per_value=4 if precision == "fp32" else 2),
+            precision=chosen,
+            geometry=spec.geometry,
             max_position_embeddings=spec.max_position_embeddings,
             sparsity=sparsity,
             image_token_id=spec.image_token_id,

@@ -28,6 +28,7 @@ from dllava_export.exporting.transform import transform_decoder
 from dllava_export.families.config_file import read_json
 from dllava_export.families.llava import predictor_config
 from dllava_export.geometry import Geometry, PredictorConfig, PredictorGeometry
+from dllava_export.precision import NUMBER_FORMATS, Precision, format_of_dtype
 from dllava_export.reporting import resources
 from dllava_export.reporting.stages import show_stages
 from dllava_export.sparsity import Sparsity
@@ -53,7 +54,6 @@ _WIDTH_TENSORS = (  # norms over the decoder's hidden states
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _DEFAULT_MAX_POSITIONS = 2048
 _DENSE = Sparsity(policy="none", output_text_keep_rate=1.0)
-_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _LEFT_INPUTS = (names.INPUTS_EMBEDS, names.POSITION_IDS, names.TOKEN_KIND)
 
 
@@ -289,9 +289,10 @@ def _from_onnx(path: Path, llm: Path) -> _DenseDecoder:
     config, warnings = _copy_config(path, llm)
     precision = _precision(path, graph)
     manifest = Manifest(
+        family=None,
         layout="onnx",
         precision=precision,
-        geometry=_geometry(path, graph, bytes_per_value=4 if precision == "fp32" else 2),
+        geometry=_geometry(path, graph),
         max_position_embeddings=config.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS),
         sparsity=_DENSE,
         image_token_id=names.IMAGE_PLACEHOLDER_ID,
@@ -332,8 +333,8 @@ def _token_ids(value: object) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else ()
 
 
-def _precision(path: Path, graph: gs.Graph) -> str:
-    """Return the type of embeddings, keys and values, which must be one."""
+def _precision(path: Path, graph: gs.Graph) -> Precision:
+    """Return the precision of embeddings, keys and values, which must be one."""
     import numpy as np
 
     from dllava_export.passes.decoder_layers import find_decoder_layers
@@ -342,15 +343,17 @@ def _precision(path: Path, graph: gs.Graph) -> str:
     embeds = find_input(graph, names.INPUTS_EMBEDS)
     keys = [layer.attention.inputs[1] for layer in find_decoder_layers(graph)]
     found = sorted({np.dtype(tensor.dtype).name for tensor in (embeds, *keys)})
-    if len(found) > 1 or found[0] not in _PRECISIONS:
+    known = format_of_dtype(found[0])
+    if len(found) > 1 or known is None:
+        expected = ", ".join(f.dtype_name for f in NUMBER_FORMATS.values())
         raise UnsupportedModelError(
             f"{path} has embeddings and keys of {' and '.join(found)}, expected all of one of "
-            f"{', '.join(_PRECISIONS)}. Export it in one precision."
+            f"{expected}. Export it in one precision."
         )
-    return _PRECISIONS[found[0]]
+    return Precision.of(known.name)
 
 
-def _geometry(path: Path, graph: gs.Graph, *, bytes_per_value: int) -> Geometry:
+def _geometry(path: Path, graph: gs.Graph) -> Geometry:
     """Read the sizes of a normalised decoder off its graph."""
     from dllava_export.passes.decoder_layers import find_decoder_layers
 
@@ -376,7 +379,6 @@ def _geometry(path: Path, graph: gs.Graph, *, bytes_per_value: int) -> Geometry:
         num_kv_heads=num_kv_heads,
         head_dim=kv_width // num_kv_heads,
         num_image_tokens=0,
-        bytes_per_value=bytes_per_value,
         **sizes,
     )
 
@@ -404,8 +406,8 @@ def _check_inputs(source: Path, decoder: onnx.ModelProto) -> None:
         names.NUM_KEPT,
         names.KEPT_LENGTHS,
         names.NUM_IMAGE_ROWS,
-        names.WRITE_INDEX_FULL,
-        names.WRITE_INDEX_SPARSE,
+        names.write_index(names.FULL),
+        names.write_index(names.SPARSE),
     }
     prefix = names.past(0, "key").split(".", 1)[0]
     left = [

@@ -225,12 +225,9 @@ class ModelSpec(abc.ABC):
     def preprocessor(self) -> dict[str, Any]:
         """Return `preprocessor_config.json` for a checkpoint that has none."""
 
-    def geometry(self, bytes_per_value: int) -> Geometry:
-        """Return the sizes of the model.
-
-        Args:
-            bytes_per_value: Bytes of one KV cache value.
-        """
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes of the model."""
         text = self.text_config
         predictor = None
         if self.predictors is not None:
@@ -251,7 +248,6 @@ class ModelSpec(abc.ABC):
             or text.hidden_size // text.num_attention_heads,
             vocab_size=text.vocab_size,
             num_image_tokens=self.num_image_tokens,
-            bytes_per_value=bytes_per_value,
             predictor=predictor,
         )
 

@@ -21,8 +21,16 @@ from typing import Any
 
 from dllava_export.errors import DllavaExportError, UnsupportedModelError
 from dllava_export.families.family import Family, Layout
+from dllava_export.families.positions import PositionRule, SequentialPositions
 
-__all__ = ["ENTRY_POINTS", "detect_family", "families", "family_names", "get_family"]
+__all__ = [
+    "ENTRY_POINTS",
+    "detect_family",
+    "families",
+    "family_names",
+    "get_family",
+    "positions_of",
+]
 
 ENTRY_POINTS = "dllava_export.families"
 """The entry point group."""
@@ -73,6 +81,16 @@ def get_family(name: str) -> Family:
         f"the package that brings it (entry point group {ENTRY_POINTS}), or a newer "
         "dllava-export."
     )
+
+
+def positions_of(family: str | None) -> PositionRule:
+    """Return the position rule of a bundle's family; a bare decoder counts rows.
+
+    Raises:
+        UnsupportedModelError: If there is no family of that name.
+        DllavaExportError: If it cannot be loaded.
+    """
+    return SequentialPositions() if family is None else get_family(family).positions
 
 
 def detect_family(

@@ -13,6 +13,7 @@ from dllava_export.bundles.embedding import EmbeddingTable
 from dllava_export.bundles.manifest import Manifest
 from dllava_export.errors import BundleError, CapacityError, InvalidInputError
 from dllava_export.families.config_file import read_json
+from dllava_export.families.registry import positions_of
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.placeholders import check_prompt, normalise_placeholders
 from dllava_export.prompts.rows import PromptRows, assemble_prompt
@@ -46,6 +47,7 @@ class PromptReader:
     ) -> None:
         self.manifest = manifest
         self.max_length = max_length
+        self.positions = positions_of(manifest.family)
         self._folder = folder
         self._encode_images = encode_images
         self._embedding: EmbeddingTable | None = None
@@ -184,7 +186,9 @@ class PromptReader:
                 f"output_ids is for {len(outputs)} samples, the prompts are {len(prompts)}."
             )
         self._check_features(image_features)
-        rows = assemble_prompt(prompts, image_features, self.lookup, outputs=outputs)
+        rows = assemble_prompt(
+            prompts, image_features, self.lookup, self.positions, outputs=outputs
+        )
         num_outputs = 0 if outputs is None else outputs.shape[1]
         longest = int(rows.lengths.max()) - num_outputs
         if longest > self.max_length:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dllava_export import names
 from dllava_export.errors import InvalidInputError
+from dllava_export.families.positions import PositionRule
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 
 __all__ = ["PromptRows", "assemble_prompt"]
@@ -22,6 +23,7 @@ class PromptRows:
         inputs_embeds: [batch, rows, hidden_size]; zeros where padded.
         token_kind: [batch, rows] int64, see `names`.
         position_ids: [batch, rows] int64.
+        next_positions: [batch] int64, the position of the token that follows each prompt.
         lengths: [batch] int64, valid rows.
         num_image: [batch] int64, image rows.
         image_start: [batch] int64, first image row; 0 without an image.
@@ -30,6 +32,7 @@ class PromptRows:
     inputs_embeds: np.ndarray
     token_kind: np.ndarray
     position_ids: np.ndarray
+    next_positions: np.ndarray
     lengths: np.ndarray
     num_image: np.ndarray
     image_start: np.ndarray
@@ -39,6 +42,7 @@ def assemble_prompt(
     prompts: Sequence[np.ndarray],
     image_features: np.ndarray | None,
     lookup: Callable[[np.ndarray], np.ndarray],
+    positions: PositionRule,
     *,
     outputs: np.ndarray | None = None,
 ) -> PromptRows:
@@ -49,6 +53,7 @@ def assemble_prompt(
         image_features: [num_images, num_image_tokens, hidden_size], one per placeholder, in
             order; None without any.
         lookup: Maps ids [n] to embeddings [n, hidden_size].
+        positions: How the family numbers rows.
         outputs: [batch, num_generated] int64, generated so far (for recompute).
 
     Raises:
@@ -89,11 +94,12 @@ def assemble_prompt(
     for sample, (row, kind_row) in enumerate(zip(rows, kinds, strict=True)):
         inputs_embeds[sample, : len(row)] = row
         token_kind[sample, : len(row)] = kind_row
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int64), shape)
+    position_ids, next_positions = positions.prompt(token_kind)
     return PromptRows(
         inputs_embeds,
         token_kind,
-        np.ascontiguousarray(positions),
+        position_ids,
+        next_positions,
         lengths,
         (token_kind == names.IMAGE).sum(1),
         np.array(starts, np.int64),

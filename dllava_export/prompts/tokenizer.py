@@ -6,7 +6,7 @@ import contextlib
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class ChatTokenizer:
         self,
         tokenizer: Any,
         *,
-        template: Literal["vicuna_v1", "checkpoint"],
+        template: str,
         image_token_id: int,
         adds_bos: bool,
         eos_token_ids: tuple[int, ...],
@@ -65,7 +65,7 @@ class ChatTokenizer:
         cls,
         folder: str | os.PathLike[str],
         *,
-        template: Literal["vicuna_v1", "checkpoint"],
+        template: str,
         image_token_id: int,
     ) -> ChatTokenizer:
         """Load the tokenizer of a checkpoint or bundle folder. Nothing is downloaded.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-__all__ = ["HEADING", "Row", "compare", "layer_spans", "table_lines"]
+__all__ = ["HEADING", "Row", "compare", "table_lines"]
 
 Row = tuple[str, str, str, str]
 """Name, dense, sparse, share."""
@@ -35,13 +35,3 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
         )
         for row in rows
     ]
-
-
-def layer_spans(group_sizes: Iterable[int]) -> list[tuple[int, int]]:
-    """Return (first, last) layer of each group, both inclusive; empty groups are left out."""
-    spans, first = [], 0
-    for num_layers in group_sizes:
-        if num_layers:
-            spans.append((first, first + num_layers - 1))
-        first += num_layers
-    return spans

@@ -1,67 +1,84 @@
-"""The generation loop: from prompts to text, with and without a KV cache."""
+"""The generation loop: from prompts to text, with and without a KV cache, or on top of one."""
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dllava_export.errors import InvalidInputError
+from dllava_export.errors import InvalidInputError, SettingError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.tokenizer import StreamDecoder
-from dllava_export.runtime.results import Generation, OnToken
+from dllava_export.runtime.results import DecodeResult, Generation, Piece, PrefillResult
 from dllava_export.runtime.sampling import Sampler
 
 if TYPE_CHECKING:
     from dllava_export.prompts.reader import Prompts
     from dllava_export.runtime.session import Session
 
-
-__all__ = ["MODES", "generate"]
+__all__ = [
+    "MODES",
+    "CachedRun",
+    "ExtendedRun",
+    "GenerationLoop",
+    "GenerationSettings",
+    "RecomputeRun",
+    "Run",
+    "Stream",
+    "prompt_ids",
+    "start_run",
+]
 
 MODES = ("cache", "recompute")
 
 
-def generate(
-    session: Session,
-    images: Sequence[Any] | None,
-    prompts: Sequence[str] | None,
-    *,
-    input_ids: Prompts | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    mode: str,
-    on_token: OnToken | None,
-) -> list[Generation]:
-    """Answer a batch of prompts; see `Session.generate`."""
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    sampler = Sampler(temperature, top_p, seed)
-    ids = _prompt_ids(session, images, prompts, input_ids)
-    given = [image for image in images or () if image is not None]
-    pixels = session.image_processor(given) if given else None
-    run = _CachedRun if mode == "cache" else _RecomputeRun
-    loop = _Loop(session, sampler, on_token, len(ids), max_new_tokens)
-    return loop.finish(run(session, ids, pixels, max_new_tokens))
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """How tokens are chosen, and how many; see `Session.generate`."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    mode: str = "cache"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise SettingError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        if self.max_new_tokens < 1:
+            raise SettingError(
+                f"max_new_tokens must be at least 1, got {self.max_new_tokens}."
+            )
+        self.sampler()
+
+    def sampler(self) -> Sampler:
+        """Return a sampler for one generation.
+
+        Raises:
+            SettingError: If a setting is out of range.
+        """
+        return Sampler(self.temperature, self.top_p, self.seed)
 
 
-def _prompt_ids(
+def prompt_ids(
     session: Session,
-    images: Sequence[Any] | None,
     prompts: Sequence[str] | None,
+    images: Sequence[Any] | None,
     input_ids: Prompts | None,
 ) -> list[np.ndarray]:
+    """Return the token ids of each prompt, [t] int64, image placeholders among them.
+
+    Raises:
+        InvalidInputError: If prompts and images do not fit each other.
+    """
     if (prompts is None) == (input_ids is None):
         raise InvalidInputError("Give either prompts or input_ids, one of the two.")
-    if isinstance(prompts, str):
-        raise InvalidInputError("prompts is one string, expected a list with one per sample.")
-    count = len(prompts if prompts is not None else input_ids or ())
+    given = prompts if prompts is not None else input_ids
+    count = len(given) if given is not None else 0
     if images is not None and len(images) != count:
         raise InvalidInputError(
             f"{len(images)} images were given for {count} prompts; expected one image, or None, "
@@ -87,76 +104,146 @@ def _prompt_ids(
     return ids
 
 
-class _Loop:
-    """Samples, streams and decides who is finished; a run supplies logits."""
+def start_run(
+    session: Session,
+    ids: list[np.ndarray],
+    images: Sequence[Any] | None,
+    settings: GenerationSettings,
+) -> Run:
+    """Return what computes the answers to prompts from `prompt_ids`."""
+    given = [image for image in images or () if image is not None]
+    pixels = session.image_processor(given) if given else None
+    run = CachedRun if settings.mode == "cache" else RecomputeRun
+    return run(session, ids, pixels, settings.max_new_tokens)
 
-    def __init__(
-        self,
-        session: Session,
-        sampler: Sampler,
-        on_token: OnToken | None,
-        batch: int,
-        max_new_tokens: int,
-    ) -> None:
-        self._sampler = sampler
-        self._on_token = on_token
-        self._max_new_tokens = max_new_tokens
+
+class Run(abc.ABC):
+    """Gives the logits of a batch, token after token."""
+
+    batch: int
+
+    @abc.abstractmethod
+    def start(self, results: list[Generation]) -> np.ndarray:
+        """Return the first logits, [batch, vocab_size] float32; note counts in the results."""
+
+    @property
+    @abc.abstractmethod
+    def is_full(self) -> np.ndarray:
+        """[batch] bool, true where no further token fits."""
+
+    @abc.abstractmethod
+    def step(
+        self, tokens: np.ndarray, active: np.ndarray, results: list[Generation]
+    ) -> np.ndarray:
+        """Feed tokens [batch] int64 of the active samples; return the next logits."""
+
+
+class GenerationLoop:
+    """Samples, streams and decides who is finished; a run supplies logits.
+
+    Args:
+        session: Gives tokenizer and end ids.
+        run: Gives logits.
+        settings: How tokens are chosen.
+
+    Attributes:
+        results: One per sample; complete when `pieces` is exhausted.
+    """
+
+    def __init__(self, session: Session, run: Run, settings: GenerationSettings) -> None:
+        self._run = run
+        self._sampler = settings.sampler()
+        self._max_new_tokens = settings.max_new_tokens
         self._eos = set(session.eos_token_ids)
         has_tokenizer = session.manifest.chat_template is not None
         self._decoders: list[StreamDecoder | None] = [
-            session.tokenizer.stream_decoder() if has_tokenizer else None for _ in range(batch)
+            session.tokenizer.stream_decoder() if has_tokenizer else None
+            for _ in range(run.batch)
         ]
-        self.results = [Generation() for _ in range(batch)]
-        self.active = np.ones(batch, bool)
+        self.results = [Generation() for _ in range(run.batch)]
+        self._active = np.ones(run.batch, bool)
 
-    def finish(self, run: _CachedRun | _RecomputeRun) -> list[Generation]:
-        """Generate until every sample is finished."""
-        start = time.perf_counter()
-        logits = run.start(self.results)
-        prefill_seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        while True:
-            tokens = self._sampler.sample(logits)
-            self._accept(tokens)
-            self.active &= ~run.is_full
-            if not self.active.any():
-                break
-            logits = run.step(tokens, self.active, self.results)
-        decode_seconds = time.perf_counter() - start
-        for result, decoder in zip(self.results, self._decoders, strict=True):
-            result.text += decoder.flush() if decoder is not None else ""
-            result.prefill_seconds, result.decode_seconds = prefill_seconds, decode_seconds
-        return self.results
+    def pieces(self) -> Iterator[Piece]:
+        """Generate until every sample is finished, and give each token as it comes.
 
-    def _accept(self, tokens: np.ndarray) -> None:
-        for sample in np.flatnonzero(self.active):
+        Closing the iterator ends the generation; what came until then stays in `results`.
+        """
+        start = time.perf_counter()
+        prefill_seconds = 0.0
+        try:
+            logits = self._run.start(self.results)
+            prefill_seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            while True:
+                tokens = self._sampler.sample(logits)
+                yield from self._accept(tokens)
+                self._active &= ~self._run.is_full
+                if not self._active.any():
+                    break
+                logits = self._run.step(tokens, self._active, self.results)
+        except GeneratorExit:
+            for sample in np.flatnonzero(self._active):
+                self.results[sample].finish_reason = "cancelled"
+            raise
+        finally:
+            for result, decoder in zip(self.results, self._decoders, strict=True):
+                result.text += decoder.flush() if decoder is not None else ""
+                result.prefill_seconds = prefill_seconds
+                result.decode_seconds = time.perf_counter() - start
+
+    def _accept(self, tokens: np.ndarray) -> Iterator[Piece]:
+        for sample in np.flatnonzero(self._active):
             result, token = self.results[sample], int(tokens[sample])
             if token in self._eos:
                 result.finish_reason = "stop"
-                self.active[sample] = False
+                self._active[sample] = False
                 continue
             result.token_ids.append(token)
             decoder = self._decoders[sample]
             text = decoder.push(token) if decoder is not None else ""
             result.text += text
-            if self._on_token is not None:
-                self._on_token(int(sample), token, text)
-            self.active[sample] = len(result.token_ids) < self._max_new_tokens
+            yield Piece(text, token, int(sample))
+            self._active[sample] = len(result.token_ids) < self._max_new_tokens
 
 
-class _CachedRun:
+class Stream(Iterator[Piece]):
+    """An answer that is being generated: iterate over its pieces, or close it to end it.
+
+    Attributes:
+        result: The answer so far; complete when the iteration has ended.
+    """
+
+    def __init__(self, loop: GenerationLoop) -> None:
+        self._pieces = loop.pieces()
+        self.result = loop.results[0]
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the generation; `result` keeps what came, with finish_reason `cancelled`."""
+        close = getattr(self._pieces, "close", None)
+        if close is not None:
+            close()
+
+
+class CachedRun(Run):
     """Prefill, then one decode step per token."""
 
     def __init__(
         self, session: Session, ids: list[np.ndarray], pixels: np.ndarray | None, num_new: int
     ) -> None:
+        self.batch = len(ids)
         self._session = session
         self._ids, self._pixels, self._num_new = ids, pixels, num_new
 
     def start(self, results: list[Generation]) -> np.ndarray:
-        session = self._session
-        prefill = session.prefill(self._ids, self._pixels, max_new_tokens=self._num_new)
-        num_image_tokens = session.manifest.geometry.num_image_tokens
+        """Prefill."""
+        prefill = self.prefill()
+        num_image_tokens = self._session.manifest.geometry.num_image_tokens
         for sample, result in enumerate(results):
             result.num_prompt_tokens = int(prefill.cache_lengths[0, sample])
             kept = int((prefill.kept_image_indices[sample] >= 0).sum())
@@ -164,14 +251,24 @@ class _CachedRun:
             result.num_image_tokens = num_image_tokens if kept else 0
         return prefill.logits
 
+    def prefill(self) -> PrefillResult:
+        """Feed the prompts; a subclass may look at what comes back."""
+        return self._session.prefill(self._ids, self._pixels, max_new_tokens=self._num_new)
+
+    def decode(self, tokens: np.ndarray, active: np.ndarray) -> DecodeResult:
+        """Feed a token of each active sample; a subclass may look at what comes back."""
+        return self._session.decode(tokens, active=active)
+
     @property
     def is_full(self) -> np.ndarray:
+        """See `Run`."""
         return self._session.is_full
 
     def step(
         self, tokens: np.ndarray, active: np.ndarray, results: list[Generation]
     ) -> np.ndarray:
-        decoded = self._session.decode(tokens, active=active)
+        """Decode."""
+        decoded = self.decode(tokens, active)
         for sample in np.flatnonzero(active):
             results[sample].num_fed_tokens += 1
             results[sample].num_kept_tokens += int(decoded.keep[sample])
@@ -179,20 +276,36 @@ class _CachedRun:
         return decoded.logits
 
 
-class _RecomputeRun:
+class ExtendedRun(CachedRun):
+    """A further prompt on top of the caches, then one decode step per token."""
+
+    def __init__(self, session: Session, ids: np.ndarray) -> None:
+        super().__init__(session, [ids], None, 0)
+
+    def start(self, results: list[Generation]) -> np.ndarray:
+        """Feed the prompt."""
+        results[0].num_prompt_tokens = len(self._ids[0])
+        return self._session.extend(self._ids).logits
+
+
+class RecomputeRun(Run):
     """The whole sequence anew for every token; the image is encoded once."""
 
     def __init__(
         self, session: Session, ids: list[np.ndarray], pixels: np.ndarray | None, num_new: int
     ) -> None:
+        self.batch = len(ids)
         self._session = session
-        self._ids = ids
-        self._features = session.encode_images(pixels) if pixels is not None else None
+        self._ids, self._pixels = ids, pixels
+        self._features: np.ndarray | None = None
         self._outputs = np.zeros((len(ids), 0), np.int64)
         self._prompt_rows = np.zeros(len(ids), np.int64)
 
     def start(self, results: list[Generation]) -> np.ndarray:
+        """Encode the image and run the prompt."""
         session = self._session
+        if self._pixels is not None:
+            self._features = session.encode_images(self._pixels)
         num_image_tokens = session.manifest.geometry.num_image_tokens
         num_kept = session.manifest.sparsity.num_kept_image_tokens(num_image_tokens)
         for ids, result in zip(self._ids, results, strict=True):
@@ -205,6 +318,7 @@ class _RecomputeRun:
 
     @property
     def is_full(self) -> np.ndarray:
+        """See `Run`."""
         room = self._session.max_length - self._outputs.shape[1]
         images = self._session.manifest.geometry.num_image_tokens
         lengths = [
@@ -215,6 +329,7 @@ class _RecomputeRun:
     def step(
         self, tokens: np.ndarray, active: np.ndarray, results: list[Generation]
     ) -> np.ndarray:
+        """Run prompt and answer so far."""
         self._outputs = np.concatenate([self._outputs, tokens[:, None]], axis=1)
         logits, num_rows = self._pass()
         for sample in np.flatnonzero(active):

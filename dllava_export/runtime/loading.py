@@ -3,76 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from dllava_export.backends.backend import Backend
-from dllava_export.backends.ort.backend import OrtBackend
-from dllava_export.backends.trt.backend import TrtBackend
+from dllava_export.backends.registry import BACKENDS, DEFAULT_BACKEND, backend_options
 from dllava_export.bundles.manifest import Manifest, read_manifest
-from dllava_export.errors import BackendError, InvalidInputError
+from dllava_export.errors import InvalidInputError, SettingError
 from dllava_export.runtime.session import Session
 
-__all__ = ["BACKENDS", "check_image_choice", "load"]
-
-
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+__all__ = ["check_image_choice", "load"]
 
 
 def load(
     path: str | Path,
-    backend: str = "onnxruntime",
+    backend: str = DEFAULT_BACKEND,
     *,
-    provider: str | None = None,
     max_length: int | None = None,
-    num_threads: int | None = None,
     verify: bool = True,
-    cuda_graph: bool = True,
+    **options: Any,
 ) -> Session:
     """Open a bundle.
 
     Args:
         path: The bundle.
-        backend: `onnxruntime`, or `tensorrt` or `tensorrt-rtx` for engines that
-            `dllava-export build` made.
-        provider: Where ONNX Runtime computes: `cpu` (the default) or `cuda`.
+        backend: What runs it: `onnxruntime`, or `tensorrt` or `tensorrt-rtx` for engines that
+            `dllava-export build` made, or one of another package.
         max_length: Largest number of tokens, prompt and answer together, that a sample may
             have; by default the model's `max_position_embeddings`, or the capacity of its
             engines if that is less.
-        num_threads: CPU threads of ONNX Runtime; its own default where None. TensorRT has none.
         verify: Compare the files with the digests in the manifest.
-        cuda_graph: Run TensorRT's decode steps as a CUDA graph.
+        **options: The backend's own, see its `options`: `provider` ("cpu" or "cuda") and
+            `num_threads` of ONNX Runtime, `cuda_graph` of TensorRT.
 
     Raises:
-        BackendError: If there is no such backend, or it cannot run the bundle.
+        BackendError: If there is no such backend or option, or it cannot run the bundle.
         BundleError: If the bundle is incomplete, changed, or of another schema version.
-        ValueError: If `max_length` is not positive.
+        SettingError: If `max_length` is not positive.
     """
-    if backend not in BACKENDS:
-        raise BackendError(
-            f"There is no backend {backend!r}; this version has {', '.join(BACKENDS)}. "
-            "`dllava-export doctor` tells what each one needs."
-        )
-    if provider is not None and backend != OrtBackend.name:
-        raise BackendError(
-            f"provider {provider!r} was given with backend {backend!r}, which has none; "
-            "it belongs to onnxruntime. Leave it out."
-        )
+    factory = BACKENDS.get(backend)
+    chosen = backend_options(factory, options)
     folder = Path(path)
-    manifest = read_manifest(folder, verify=verify)
     if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}.")
+        raise SettingError(f"max_length must be at least 1, got {max_length}.")
+    manifest = read_manifest(folder, verify=verify)
+    opened = factory.open(folder, manifest, chosen, verify=verify)
     longest = manifest.max_position_embeddings if max_length is None else max_length
-    if backend == OrtBackend.name:
-        opened: Backend = OrtBackend(
-            folder,
-            manifest,
-            provider=provider or "cpu",
-            num_threads=num_threads,
-            max_length=longest,
-        )
-    else:
-        opened = TrtBackend(folder, manifest, backend, verify=verify, cuda_graph=cuda_graph)
-        if max_length is None:
-            longest = min(longest, opened.max_length)
+    if max_length is None and opened.max_length is not None:
+        longest = min(longest, opened.max_length)
     return Session(folder, manifest, opened, longest)
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "Generation",
     "ImageInput",
     "OnToken",
+    "Piece",
     "PrefillResult",
     "RecomputeResult",
 ]
@@ -72,8 +73,24 @@ class RecomputeResult:
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
-
 OnToken = Callable[[int, int, str], Any]
+"""Called with (sample, token id, text)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One generated token.
+
+    Attributes:
+        text: What it adds to the answer; empty while a character is incomplete, or without a
+            tokenizer.
+        token_id: Its id.
+        sample: Which prompt of the batch it belongs to.
+    """
+
+    text: str
+    token_id: int
+    sample: int = 0
 
 
 @dataclasses.dataclass
@@ -83,7 +100,8 @@ class Generation:
     Attributes:
         text: The answer; empty without a tokenizer.
         token_ids: Generated ids, the end-of-sequence id not among them.
-        finish_reason: `stop` (end of sequence) or `length` (max_new_tokens or cache full).
+        finish_reason: `stop` (end of sequence), `length` (max_new_tokens or cache full) or
+            `cancelled` (the stream was closed).
         num_prompt_tokens: Prompt rows, image tokens included.
         num_image_tokens: Image tokens before selection; 0 without an image.
         num_kept_image_tokens: Image tokens after it.

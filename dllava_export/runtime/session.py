@@ -6,23 +6,30 @@ cache is, what was kept. A backend only runs graphs.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from dllava_export import names
-from dllava_export.backends.backend import Backend, StepInputs, StepOutputs
-from dllava_export.backends.kv_plan import SPARE_ROWS, KVPlan, plan_kv_cache
+from dllava_export.backends.backend import Backend, StepInputs
+from dllava_export.backends.kv_plan import KVPlan, plan_kv_cache
 from dllava_export.bundles.manifest import Manifest
-from dllava_export.errors import CapacityError, InvalidInputError
+from dllava_export.errors import InvalidInputError
 from dllava_export.prompts.placeholders import check_prompt
 from dllava_export.prompts.reader import PromptReader, Prompts
 from dllava_export.prompts.rows import PromptRows, assemble_prompt
+from dllava_export.runtime.chat import Chat
+from dllava_export.runtime.generation import (
+    GenerationLoop,
+    GenerationSettings,
+    Stream,
+    prompt_ids,
+    start_run,
+)
 from dllava_export.runtime.results import DecodeResult, PrefillResult, RecomputeResult
+from dllava_export.runtime.slots import Slots
 
 if TYPE_CHECKING:
     from dllava_export.prompts.images import ImageProcessor
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Session"]
 
 
-_ZERO, _ONE = np.zeros(1, np.int64), np.ones(1, np.int64)
+_ROW_VALUE = 0.01
 
 
 class Session:
@@ -42,6 +49,7 @@ class Session:
     Attributes:
         manifest: What the bundle is.
         max_length: Tokens a sample may have, prompt and answer together.
+        num_prefills: How often caches were filled anew.
     """
 
     def __init__(
@@ -51,8 +59,26 @@ class Session:
         self.max_length = max_length
         self._backend = backend
         self._reader = PromptReader(folder, manifest, max_length, backend.encode_images)
-        self._full = np.zeros(0, np.int64)
-        self._sparse = np.zeros(0, np.int64)
+        self._slots = Slots(backend, max_length)
+        self._is_closed = False
+        self.num_prefills = 0
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let graphs, weights and caches go. The session cannot be used afterwards."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._backend.close()
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs the bundle, as `load` takes it."""
+        return self._backend.name
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -78,27 +104,17 @@ class Session:
         Raises:
             InvalidInputError: Before the first prefill.
         """
-        if self._backend.plan is None:
-            raise InvalidInputError("There is no cache yet; call prefill first.")
-        return self._backend.plan
+        return self._slots.plan
 
     @property
     def cache_lengths(self) -> np.ndarray:
         """Valid rows of each cache, [layers, batch] int64."""
-        num_full = self.kv_plan.num_full_layers
-        lengths = np.empty((self.manifest.geometry.num_layers, len(self._full)), np.int64)
-        lengths[:num_full], lengths[num_full:] = self._full, self._sparse
-        return lengths
+        return self._slots.cache_lengths
 
     @property
     def is_full(self) -> np.ndarray:
         """[batch] bool, true where no further token fits."""
-        return self._full >= self._room
-
-    @property
-    def _room(self) -> int:
-        """Tokens a sample may have here; engines have more cache rows than were asked for."""
-        return min(self.kv_plan.capacity_full - SPARE_ROWS, self.max_length)
+        return self._slots.num_rows >= self._slots.room
 
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a layer's keys and values, [batch, num_kv_heads, capacity, head_dim].
@@ -107,6 +123,40 @@ class Session:
         """
         assert self.kv_plan  # there is none before a prefill
         return self._backend.cache(layer)
+
+    def embed(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return the embeddings [..., hidden_size] of token ids [...] int64.
+
+        Raises:
+            InvalidInputError: If an id is outside the vocabulary, or there is no table.
+        """
+        return self._reader.lookup(token_ids)
+
+    def fill(self, num_tokens: int) -> None:
+        """Leave the caches as so many generated tokens would, the expected share of them kept.
+
+        For measurements: what the rows hold means nothing. In memory of the CPU they are
+        written, since a row that never was costs less to read: the system backs all of those
+        with one page.
+
+        Args:
+            num_tokens: Tokens that each sample seems to have generated.
+        """
+        sparsity = self.manifest.sparsity
+        rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0
+        before = self.cache_lengths
+        self._slots.advance({names.FULL: num_tokens, names.SPARSE: round(rate * num_tokens)})
+        for layer, after in enumerate(self.cache_lengths):
+            for rows in self.cache(layer):
+                rows[:, :, before[layer].min() : after.max()] = _ROW_VALUE
+
+    def rewind(self, cache_lengths: np.ndarray) -> None:
+        """Go back to what an earlier `cache_lengths` said: rows behind it are forgotten.
+
+        Args:
+            cache_lengths: [layers, batch] int64, as the property returned it.
+        """
+        self._slots.rewind(cache_lengths)
 
     def prefill(
         self,
@@ -139,19 +189,18 @@ class Session:
         room = self.max_length - longest
         num_new = room if max_new_tokens is None else min(max_new_tokens, room)
         kept_lengths = self._reader.kept_lengths(rows)
-        batch = len(rows.lengths)
         plan = plan_kv_cache(
             self.manifest.geometry,
             self.manifest.sparsity,
-            batch=batch,
+            self.manifest.precision,
+            batch=len(rows.lengths),
             num_prompt=longest,
             num_kept=int(kept_lengths.max()),
             num_new=num_new,
         )
-        self._backend.allocate(plan)
-        self._full, self._sparse = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
-        outputs = self._backend.run(self._step(rows, kept_lengths))
-        self._advance(outputs)
+        self._slots.allocate(plan)
+        self.num_prefills += 1
+        outputs = self._slots.admit(rows, kept_lengths)
         kept = _kept_image_indices(rows, outputs.kept_indices, kept_lengths)
         return PrefillResult(outputs.logits, kept, self.cache_lengths)
 
@@ -170,47 +219,16 @@ class Session:
             InvalidInputError: If there is no cache yet, `token_ids` or `active` is not one for
                 each sample, or an id is not in the vocabulary.
         """
-        # Every line here runs with the processor's caches emptied by the step before, where a
-        # call into NumPy takes some 10 microseconds: hence few calls, and constants made once.
-        plan = self.kv_plan
+        # Few lines, for the reason that `Slots.step` gives.
+        batch = self._slots.plan.batch
         ids = np.asarray(token_ids, np.int64)
-        if ids.shape != (plan.batch,):
+        if ids.shape != (batch,):
             raise InvalidInputError(
-                f"decode got token ids of shape {ids.shape}, expected ({plan.batch},): one for "
+                f"decode got token ids of shape {ids.shape}, expected ({batch},): one for "
                 "each sample of the last prefill."
             )
-        fed = _all_samples(plan.batch) if active is None else _some_samples(active, plan.batch)
-        if max(self._full.tolist()) >= self._room:
-            self._check_room(fed.is_active)
-        before = self._sparse
-        outputs = self._backend.decode(
-            StepInputs(
-                inputs_embeds=self._reader.lookup(ids)[:, None],
-                position_ids=self._full[:, None],
-                token_kind=fed.token_kind,
-                num_kept=_ONE,
-                kept_lengths=fed.num_rows,
-                num_image_rows=_ZERO,
-                write_index_full=self._full,
-                write_index_sparse=before,
-            )
-        )
-        self._advance(outputs)
-        if self.manifest.sparsity.is_dense:
-            keep, forced = fed.is_active.copy(), np.zeros(plan.batch, bool)
-        else:
-            keep = self._sparse > before
-            wanted = fed.is_active if outputs.keep is None else outputs.keep & fed.is_active
-            forced = wanted & ~keep
-        return DecodeResult(outputs.logits, keep, forced, self.cache_lengths)
-
-    def _check_room(self, is_active: np.ndarray) -> None:
-        full = np.flatnonzero(is_active & self.is_full)
-        if full.size:
-            raise CapacityError(
-                f"The KV cache of sample {full[0]} is full at {self._full[full[0]]} tokens. "
-                "Allow more with max_length or max_new_tokens."
-            )
+        step = self._slots.step(self._reader.lookup(ids), active)
+        return DecodeResult(step.logits, step.keep, step.forced, self.cache_lengths)
 
     def extend(self, input_ids: Prompts) -> PrefillResult:
         """Feed a further prompt on top of the caches; all its rows are stored.
@@ -233,9 +251,12 @@ class Session:
                 "the last prefill."
             )
         check_prompt(prompts, has_image=False, vocab_size=self.manifest.geometry.vocab_size)
-        rows = assemble_prompt(prompts, None, self._reader.lookup)
-        self._make_room(rows.lengths)
-        logits = [self._extend_sample(sample, rows) for sample in range(len(prompts))]
+        reader = self._reader
+        rows = [
+            assemble_prompt([ids], None, reader.lookup, reader.positions) for ids in prompts
+        ]
+        self._slots.make_room(np.concatenate([one.lengths for one in rows]))
+        logits = [self._slots.extend(one, slot).logits for slot, one in enumerate(rows)]
         return PrefillResult(
             np.concatenate(logits), np.zeros((len(prompts), 0), np.int64), self.cache_lengths
         )
@@ -269,14 +290,39 @@ class Session:
                 )
         rows = self._reader.rows(input_ids, pixel_values, image_features, outputs)
         kept_lengths = self._reader.kept_lengths(rows)
-        result = self._backend.recompute(self._step(rows, kept_lengths))
+        result = self._backend.recompute(
+            StepInputs(
+                inputs_embeds=rows.inputs_embeds,
+                position_ids=rows.position_ids,
+                token_kind=rows.token_kind,
+                num_kept=kept_lengths.max(keepdims=True),
+                kept_lengths=kept_lengths,
+                num_image_rows=rows.num_image.max(keepdims=True),
+                write_indices={},
+            )
+        )
         num_rows = result.num_rows if result.num_rows is not None else kept_lengths
         return RecomputeResult(result.logits, num_rows)
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # one prompt is a sequence of strings too
+        self,
+        prompts: str,
+        *,
+        image: ImageInput | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        mode: str = "cache",
+        on_token: OnToken | None = None,
+    ) -> Generation: ...
+
+    @overload
     def generate(
         self,
-        images: Sequence[ImageInput | None] | None = None,
         prompts: Sequence[str] | None = None,
+        images: Sequence[ImageInput | None] | None = None,
         *,
         input_ids: Prompts | None = None,
         max_new_tokens: int = 128,
@@ -285,20 +331,37 @@ class Session:
         seed: int | None = None,
         mode: str = "cache",
         on_token: OnToken | None = None,
-    ) -> list[Generation]:
-        """Answer a batch of prompts.
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        images: Sequence[ImageInput | None] | None = None,
+        *,
+        image: ImageInput | None = None,
+        input_ids: Prompts | None = None,
+        on_token: OnToken | None = None,
+        **settings: Any,
+    ) -> Generation | list[Generation]:
+        """Answer a prompt, or a batch of prompts.
+
+        `generate("What is this?", image="cat.png")` gives one answer,
+        `generate(["What?", "Where?"], ["cat.png", "dog.png"])` a list of them.
 
         Args:
-            images: One per prompt: a path, a PIL image, an array, or None without an image.
-            prompts: Questions; the bundle's chat template is put around them.
+            prompts: The question, or several; the bundle's chat template is put around each.
+            images: One per prompt of a list: a path, a PIL image, an array, or None without an
+                image.
+            image: The picture of a single prompt.
             input_ids: Token ids instead of `prompts`, as for prefill.
-            max_new_tokens: Tokens generated at most, per sample.
-            temperature: 0 takes the likeliest token.
+            max_new_tokens: Tokens generated at most, per sample; 128 by default.
+            temperature: 0, the default, takes the likeliest token.
             top_p: Share of probability to sample from, in (0, 1].
             seed: For sampling; each sample of a batch has its own stream.
             mode: `cache`, or `recompute` for a pass without KV cache per token.
             on_token: Called with (sample, token id, text) as tokens come; text is empty
                 while it is incomplete, or without a tokenizer.
+            **settings: Those of the overloads: `max_new_tokens` to `mode`.
 
         Returns:
             One `Generation` per prompt, each equal to what the prompt gives alone.
@@ -306,22 +369,71 @@ class Session:
         Raises:
             InvalidInputError: If prompts and images do not fit.
             CapacityError: If a prompt is too long.
-            ValueError: If a setting is out of range.
+            SettingError: If a setting is out of range.
         """
-        from dllava_export.runtime.generation import generate
+        chosen = GenerationSettings(**settings)
+        if isinstance(prompts, str):
+            if images is not None or input_ids is not None:
+                raise InvalidInputError(
+                    "One prompt was given with a list; its picture is `image`. Pass lists of "
+                    "prompts and images for several answers."
+                )
+            loop = self._loop([prompts], [image], None, chosen)
+        elif image is not None:
+            raise InvalidInputError(
+                "`image` is the picture of a single prompt; with a list of prompts pass "
+                "`images`, one or None for each."
+            )
+        else:
+            loop = self._loop(prompts, images, input_ids, chosen)
+        for piece in loop.pieces():
+            if on_token is not None:
+                on_token(piece.sample, piece.token_id, piece.text)
+        return loop.results[0] if isinstance(prompts, str) else loop.results
 
-        return generate(
-            self,
-            images,
-            prompts,
-            input_ids=input_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            mode=mode,
-            on_token=on_token,
-        )
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        image: ImageInput | None = None,
+        input_ids: Sequence[int] | np.ndarray | None = None,
+        **settings: Any,
+    ) -> Stream:
+        """Answer a prompt piece by piece.
+
+        `for piece in session.stream("What is this?", image="cat.png"): print(piece.text)`
+
+        Args:
+            prompt: The question.
+            image: Its picture.
+            input_ids: [t] token ids instead of `prompt`, -200 for the image.
+            **settings: See `generate`.
+
+        Returns:
+            An iterator of `Piece`; its `result` is the answer, `close()` ends it early.
+
+        Raises:
+            InvalidInputError: If prompt and image do not fit.
+            CapacityError: If the prompt is too long; when the iteration starts.
+            SettingError: If a setting is out of range.
+        """
+        prompts = None if prompt is None else [prompt]
+        ids = None if input_ids is None else [np.asarray(input_ids)]
+        return Stream(self._loop(prompts, [image], ids, GenerationSettings(**settings)))
+
+    def chat(self) -> Chat:
+        """Return a conversation whose turns build on each other's caches; see `Chat`."""
+        return Chat(self)
+
+    def _loop(
+        self,
+        prompts: Sequence[str] | None,
+        images: Sequence[ImageInput | None] | None,
+        input_ids: Prompts | None,
+        settings: GenerationSettings,
+    ) -> GenerationLoop:
+        ids = prompt_ids(self, prompts, images, input_ids)
+        return GenerationLoop(self, start_run(self, ids, images, settings), settings)
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return image features.
@@ -340,93 +452,6 @@ class Session:
     def normalised_prompts(self, input_ids: Prompts) -> list[np.ndarray]:
         """Return one int64 array per sample, with -200 as the only image placeholder."""
         return self._reader.normalised(input_ids)
-
-    def _step(self, rows: PromptRows, kept_lengths: np.ndarray) -> StepInputs:
-        return StepInputs(
-            inputs_embeds=rows.inputs_embeds,
-            position_ids=rows.position_ids,
-            token_kind=rows.token_kind,
-            num_kept=kept_lengths.max(keepdims=True),
-            kept_lengths=kept_lengths,
-            num_image_rows=rows.num_image.max(keepdims=True),
-            write_index_full=self._full,
-            write_index_sparse=self._sparse,
-        )
-
-    def _advance(self, outputs: StepOutputs) -> None:
-        assert outputs.next_write_index_full is not None
-        self._full = outputs.next_write_index_full
-        sparse = outputs.next_write_index_sparse
-        self._sparse = self._full if sparse is None else sparse
-
-    def _make_room(self, lengths: np.ndarray) -> None:
-        """Let the sparse caches grow for a further prompt; the full ones were planned for it."""
-        plan = self.kv_plan
-        needed = int((self._full + lengths).max())
-        if needed > self._room:
-            raise CapacityError(
-                f"With this prompt the conversation has {needed} tokens, its KV cache has room "
-                f"for {self._room}. Start anew, or prefill with a larger max_new_tokens or "
-                "max_length."
-            )
-        sparse_rows = int((self._sparse + lengths).max())
-        if plan.num_sparse_layers and sparse_rows + SPARE_ROWS > plan.capacity_sparse:
-            left = self._room - needed
-            grown = min(sparse_rows + left, sparse_rows + max(left // 2, 1))
-            self._backend.grow_sparse(plan.with_sparse_rows(grown))
-
-    def _extend_sample(self, sample: int, rows: PromptRows) -> np.ndarray:
-        length = int(rows.lengths[sample])
-        one = slice(sample, sample + 1)
-        full, sparse = self._full[one], self._sparse[one]
-        lengths = rows.lengths[one]
-        inputs = StepInputs(
-            inputs_embeds=rows.inputs_embeds[one, :length],
-            position_ids=full[:, None] + np.arange(length),
-            token_kind=rows.token_kind[one, :length],
-            num_kept=lengths,
-            kept_lengths=lengths,
-            num_image_rows=np.zeros(1, np.int64),
-            write_index_full=full,
-            write_index_sparse=sparse,
-        )
-        outputs = self._backend.run(inputs, sample=sample)
-        assert outputs.next_write_index_full is not None
-        self._full, self._sparse = self._full.copy(), self._sparse.copy()
-        self._full[one] = outputs.next_write_index_full
-        next_sparse = outputs.next_write_index_sparse
-        self._sparse[one] = self._full[one] if next_sparse is None else next_sparse
-        return outputs.logits
-
-
-@dataclasses.dataclass(frozen=True)
-class _FedSamples:
-    """Which samples a decode step feeds a token; the others get padding and do not change.
-
-    Attributes:
-        is_active: [batch] bool.
-        num_rows: [batch] int64, rows fed: 1 or 0.
-        token_kind: [batch, 1] int64.
-    """
-
-    is_active: np.ndarray
-    num_rows: np.ndarray
-    token_kind: np.ndarray
-
-
-@functools.cache
-def _all_samples(batch: int) -> _FedSamples:
-    return _some_samples(np.ones(batch, bool), batch)
-
-
-def _some_samples(active: np.ndarray, batch: int) -> _FedSamples:
-    is_active = np.array(active, bool)
-    if is_active.shape != (batch,):
-        raise InvalidInputError(
-            f"active has shape {is_active.shape}, expected ({batch},): one for each sample."
-        )
-    num_rows = is_active.astype(np.int64)
-    return _FedSamples(is_active, num_rows, (num_rows * names.GENERATED_TEXT)[:, None])
 
 
 def _kept_image_indices(

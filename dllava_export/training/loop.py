@@ -215,7 +215,7 @@ def train_predictors(
     final = entries[-_NUM_FINAL_STEPS:]
     return TrainingReport(
         folder=folder,
-        precision=settings.precision or checkpoint.precision,
+        precision=settings.precision or checkpoint.weight_format.name,
         num_bytes=num_bytes,
         num_steps=run.num_steps,
         num_resumed=num_resumed,

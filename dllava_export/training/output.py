@@ -18,6 +18,7 @@ from dllava_export.families.clip_tower import CLIP_FACTS, CLIP_KEYS
 from dllava_export.families.llama_decoder import LLAMA_KEYS
 from dllava_export.families.llava import LlavaSpec, original_renames
 from dllava_export.geometry import PredictorConfig
+from dllava_export.precision import NUMBER_FORMATS
 from dllava_export.training.model import PREDICTORS, TrainingModel, canonical_name
 from dllava_export.training.settings import TrainingSettings
 
@@ -26,8 +27,6 @@ __all__ = ["checkpoint_config", "write_checkpoint"]
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
-_NUMPY_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-_TORCH_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Newer transformers keep both of these inside rope_parameters.
 _TEXT_KEYS = tuple(k for k in LLAMA_KEYS if k not in ("rope_scaling", "rope_theta"))
 
@@ -52,8 +51,9 @@ def write_checkpoint(
         CheckpointError: If a value does not fit the precision.
         BundleError: If the folder cannot be written.
     """
-    precision = settings.precision or checkpoint.precision
-    dtype = DTYPE_NAMES[_NUMPY_TYPES[precision]]
+    stored = checkpoint.weight_format
+    if settings.precision is not None:
+        stored = NUMBER_FORMATS[settings.precision]
     sources = _trained_sources(model)
     for name, source in checkpoint.tensors.items():
         if not name.startswith(PREDICTORS):
@@ -61,7 +61,8 @@ def write_checkpoint(
     assert isinstance(checkpoint.spec, LlavaSpec)  # as `build_model` found it
     renames = original_renames(is_linear=checkpoint.spec.projector.num_layers == 1)
     tensors = {
-        renames.stored(name): (source, dtype) for name, source in sorted(sources.items())
+        renames.stored(name): (source, stored.numpy)
+        for name, source in sorted(sources.items())
     }
     write_safetensors(out / WEIGHTS, tensors, progress=progress)
     generation = checkpoint.path / "generation_config.json"
@@ -69,7 +70,7 @@ def write_checkpoint(
         shutil.copyfile(path, out / path.name)
     _write_json(out / "preprocessor_config.json", checkpoint.preprocessor)
     config = checkpoint_config(checkpoint, predictors, settings)
-    _write_json(out / CONFIG, {**config, "torch_dtype": _TORCH_TYPES[precision]})
+    _write_json(out / CONFIG, {**config, "torch_dtype": stored.dtype_name})
     return (out / WEIGHTS).stat().st_size
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllava_export.errors import DllavaExportError
 from dllava_export.geometry import PredictorConfig
+from dllava_export.precision import BF16, FP32, NUMBER_FORMATS
 
 if TYPE_CHECKING:
     from dllava_export.checkpoints.checkpoint import Checkpoint
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BadRecordError", "TrainingError", "TrainingSettings", "resolve_predictors"]
 
-_PRECISIONS = ("fp32", "fp16", "bf16")
 _SIZES = ("d_model", "nhead", "dim_feedforward", "num_layers")
 
 
@@ -116,7 +116,10 @@ class TrainingSettings:
         for name in ("seed", "checkpoint_every"):
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _check(0 <= self.warmup_ratio < 1, "warmup_ratio", "in [0, 1)", self.warmup_ratio)
-        for name, allowed in (("precision", _PRECISIONS), ("compute_precision", _COMPUTE)):
+        for name, allowed in (
+            ("precision", tuple(NUMBER_FORMATS)),
+            ("compute_precision", _COMPUTE),
+        ):
             value = getattr(self, name)
             _check(value is None or value in allowed, name, " or ".join(allowed), value)
         if self.freeze_model and not self.train_predictors and self.freeze_tower:
@@ -148,7 +151,7 @@ class TrainingSettings:
         return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-_COMPUTE = ("fp32", "bf16")
+_COMPUTE = (FP32.name, BF16.name)
 
 
 def _check(ok: bool, name: str, expected: str, value: object) -> None:

@@ -6,16 +6,15 @@ instead of the bundle's own; it is neither fast nor thrifty.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dllava_export import names
-from dllava_export.backends.backend import StepInputs, StepOutputs
+from dllava_export.backends.backend import Backend, StepInputs, StepOutputs
 from dllava_export.backends.kv_plan import KVPlan
-from dllava_export.backends.ort.backend import open_session
+from dllava_export.backends.ort.backend import ONNXRUNTIME, open_session
 from dllava_export.backends.ort.buffers import numpy_type
 from dllava_export.bundles import layout
 from dllava_export.validation.marked_graphs import MarkedModel, mark_decoder
@@ -27,10 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GraphBackend", "bundle_graphs", "dense_graphs"]
 
-_RESULTS = {field.name for field in dataclasses.fields(StepOutputs)}
 
-
-class GraphBackend:
+class GraphBackend(Backend):
     """Decoder, recompute and visual graph of a bundle, run as they are.
 
     Args:
@@ -49,7 +46,7 @@ class GraphBackend:
         BackendError: If ONNX Runtime refuses a graph.
     """
 
-    name = "onnxruntime"
+    name = ONNXRUNTIME
 
     def __init__(
         self,
@@ -69,7 +66,6 @@ class GraphBackend:
         self._decoder = self._open(self.decoder)
         self._caches: dict[str, np.ndarray] = {}
         self.inner: dict[str, np.ndarray] = {}
-        self.plan: KVPlan | None = None
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return image features [num_images, num_image_tokens, hidden_size]."""
@@ -82,15 +78,14 @@ class GraphBackend:
         """Give the decoder empty caches of this plan."""
         self._caches = {}
         for entry in self._decoder.get_inputs():
-            if entry.name.startswith("past_key_values."):
-                is_sparse = entry.shape[2] == names.CAPACITY_SPARSE
-                capacity = plan.capacity_sparse if is_sparse else plan.capacity_full
+            if names.is_past(entry.name):
+                capacity = plan.capacities[names.group_of(entry.shape[2])]
                 shape = (plan.batch, entry.shape[1], capacity, entry.shape[3])
                 self._caches[entry.name] = np.zeros(shape, numpy_type(entry.type))
         self.plan = plan
 
-    def grow_sparse(self, plan: KVPlan) -> None:
-        """Move the sparse group to larger buffers, keeping what is in them."""
+    def grow(self, plan: KVPlan) -> None:
+        """Move to larger buffers, keeping what is in them."""
         old = self._caches
         self.allocate(plan)
         for name, cache in self._caches.items():
@@ -101,10 +96,10 @@ class GraphBackend:
         """Feed rows on top of the caches, of all samples or of one."""
         part = slice(None) if sample is None else slice(sample, sample + 1)
         caches = {name: cache[part] for name, cache in self._caches.items()}
-        values = self._run(self._decoder, self.decoder, {**vars(inputs), **caches})
+        values = self._run(self._decoder, self.decoder, {**inputs.tensors(), **caches})
         for name in caches:
-            self._caches[name][part] = values[name.replace("past_key_values.", "present.")]
-        return _step_outputs(values)
+            self._caches[name][part] = values[names.present_of(name)]
+        return StepOutputs.from_tensors(values)
 
     def decode(self, inputs: StepInputs) -> StepOutputs:
         """Feed one row per sample."""
@@ -113,11 +108,18 @@ class GraphBackend:
     def recompute(self, inputs: StepInputs) -> StepOutputs:
         """Run the decoder without a cache over whole sequences."""
         marked = self.recompute_decoder
-        return _step_outputs(self._run(self._open(marked), marked, dict(vars(inputs))))
+        return StepOutputs.from_tensors(
+            self._run(self._open(marked), marked, inputs.tensors())
+        )
 
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a layer's key and value buffers, [batch, num_kv_heads, capacity, head_dim]."""
         return self._caches[names.past(layer, "key")], self._caches[names.past(layer, "value")]
+
+    def close(self) -> None:
+        """Let sessions and caches go."""
+        self._caches, self.inner = {}, {}
+        del self._decoder
 
     def _open(self, marked: MarkedModel) -> ort.InferenceSession:
         llm = self._folder / layout.LLM_FOLDER
@@ -157,9 +159,3 @@ def dense_graphs(folder: Path) -> dict[str, onnx.ModelProto]:
     dense = onnx.load(path, load_external_data=False)
     models, _ = transform_decoder(dense, Sparsity(policy="none"), None)
     return models
-
-
-def _step_outputs(values: dict[str, np.ndarray]) -> StepOutputs:
-    results = {name: value for name, value in values.items() if name in _RESULTS}
-    results[names.LOGITS] = results[names.LOGITS].astype(np.float32)
-    return StepOutputs(**results)

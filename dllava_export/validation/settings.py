@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dllava_export.backends.registry import DEFAULT_BACKEND
+from dllava_export.precision import BF16, FP16, FP32
 
 if TYPE_CHECKING:
     from dllava_export.bundles.manifest import Manifest
@@ -40,9 +44,9 @@ class Tolerances:
 # up to 7, and 2e-4 on image scores of hundreds. The half types are held to a few units in the
 # last place, grown over layers.
 _DEFAULTS = {
-    "fp32": Tolerances(1e-4, 2e-4, "elemwise", 1e-3),
-    "fp16": Tolerances(3e-2, 3e-2, "elemwise", 1e-2),
-    "bf16": Tolerances(1e-1, 1e-1, "elemwise", 1e-1),
+    FP32: Tolerances(1e-4, 2e-4, "elemwise", 1e-3),
+    FP16: Tolerances(3e-2, 3e-2, "elemwise", 1e-2),
+    BF16: Tolerances(1e-1, 1e-1, "elemwise", 1e-1),
 }
 
 
@@ -52,7 +56,7 @@ class ValidationSettings:
 
     Attributes:
         backend: What runs the bundle, as `load` takes it.
-        provider: Where ONNX Runtime computes, as `load` takes it.
+        backend_options: The backend's own options, as `load` takes them.
         against: What it is compared with: `onnxruntime`, `dense` or `torch`.
         checkpoint: The checkpoint behind the bundle, folder or hub id, for `torch`.
         num_steps: Tokens fed back one by one; the same ones on both sides.
@@ -65,8 +69,8 @@ class ValidationSettings:
         num_threads: Threads of the runtimes; their own default where None.
     """
 
-    backend: str = "onnxruntime"
-    provider: str | None = None
+    backend: str = DEFAULT_BACKEND
+    backend_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     against: str = "onnxruntime"
     checkpoint: str | None = None
     num_steps: int = 16
@@ -104,12 +108,15 @@ class ValidationSettings:
     @property
     def is_on_cpu(self) -> bool:
         """True where ONNX Runtime on the CPU is what is validated."""
-        return self.backend == "onnxruntime" and self.provider in (None, "cpu")
+        return (
+            self.backend == DEFAULT_BACKEND
+            and self.backend_options.get("provider", "cpu") == "cpu"
+        )
 
 
 def tolerances_for(settings: ValidationSettings, manifest: Manifest) -> Tolerances:
     """Return the tolerances of a run: what was asked for, else what fits the precision."""
-    defaults = _DEFAULTS[manifest.precision]
+    defaults = _DEFAULTS[manifest.precision.activations]
     chosen = {
         name: getattr(settings, name)
         for name in ("rtol", "atol", "margin")

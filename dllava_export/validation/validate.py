@@ -11,10 +11,12 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dllava_export.backends.registry import BACKENDS
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError, InvalidInputError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.precision import BF16
 from dllava_export.runtime.loading import check_image_choice, load
 from dllava_export.runtime.session import Session
 from dllava_export.sparsity import Sparsity
@@ -85,7 +87,7 @@ def validate(
         origin=conversation.origin,
         shape=compare.shape,
         sparsity=manifest.sparsity,
-        precision=manifest.precision,
+        precision=str(manifest.precision),
         tolerances=tolerances,
         checks=tuple(checks.values()),
     )
@@ -126,8 +128,8 @@ def _candidate(
     graphs run with more outputs.
     """
     name, feed = settings.backend, conversation.feed
-    if settings.provider is not None:
-        name = f"{name} ({settings.provider})"
+    if settings.backend_options:
+        name = f"{name} ({', '.join(map(str, settings.backend_options.values()))})"
     if settings.layers and settings.is_on_cpu:
         opener = functools.partial(
             _open_graphs, folder, manifest, settings, lowered=True, dense=False
@@ -141,12 +143,17 @@ def _candidate(
 
 
 def _load(folder: Path, settings: ValidationSettings) -> Session:
+    options = dict(settings.backend_options)
+    known = {
+        field.name for field in dataclasses.fields(BACKENDS.get(settings.backend).options)
+    }
+    if settings.num_threads is not None and "num_threads" in known:
+        options["num_threads"] = settings.num_threads
     return load(
         folder,
         settings.backend,
-        provider=settings.provider,
-        num_threads=settings.num_threads,
         verify=False,
+        **options,
     )
 
 
@@ -197,7 +204,7 @@ def _open_graphs(
     lowered: bool,
     dense: bool,
 ) -> tuple[Session, GraphBackend]:
-    if manifest.precision == "bf16":
+    if manifest.precision.activations == BF16:
         raise BackendError(
             "The bundle is in bf16, which ONNX Runtime has no CPU kernels for, so that it cannot "
             "be compared there. Use another backend, and --against torch."

@@ -138,7 +138,7 @@ def measure(dense: Path, sparse: Path, out: Path, num_mosaics: int) -> Measureme
 
 
 def _ask(data: Path, folder: Path, mode: str) -> EvaluationReport:
-    settings = EvaluationSettings(batch_size=_BATCH_SIZE, mode=mode, num_threads=1)
+    settings = EvaluationSettings(batch_size=_BATCH_SIZE, mode=mode)
     return evaluate([folder], data, settings)
 
 

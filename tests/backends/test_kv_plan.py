@@ -15,7 +15,6 @@ GEOMETRY = Geometry(
     head_dim=128,
     vocab_size=32000,
     num_image_tokens=576,
-    bytes_per_value=2,
     predictor=None,
 )
 BYTES_PER_ROW = 2 * 8 * 128 * 2
@@ -67,4 +66,4 @@ def test_bytes_are_those_of_keys_and_values_of_the_batch():
 def test_sparse_rows_are_counted_without_the_spare_one():
     grown = plan(HALF).with_sparse_rows(900)
     assert grown.capacity_sparse == 901
-    assert grown.capacity_full == plan(HALF).capacity_full
+    assert grown.capacity_full == plan(HALF).capacities["full"]

@@ -29,7 +29,6 @@ LLAVA_7B = Geometry(
     head_dim=128,
     vocab_size=32000,
     num_image_tokens=576,
-    bytes_per_value=2,
     predictor=PredictorGeometry(),
 )
 TINY = Geometry(
@@ -41,7 +40,6 @@ TINY = Geometry(
     head_dim=6,
     vocab_size=50,
     num_image_tokens=9,
-    bytes_per_value=4,
     predictor=PredictorGeometry(d_model=16, nhead=2, dim_feedforward=20, num_layers=2),
 )
 

@@ -39,14 +39,14 @@ def plan(folder, gpu_memory=GIB, max_input_len=20, max_new_tokens=400, **setting
 def test_counts_both_forms(folder):
     found = plan(folder, batch_size=3)
     sparse, dense = found.sparse, found.dense
-    assert (sparse.kv_plan.capacity_full, sparse.kv_plan.capacity_sparse) == (
+    assert (sparse.kv_plan.capacities["full"], sparse.kv_plan.capacities["sparse"]) == (
         FULL_ROWS,
         SPARSE_ROWS,
     )
     assert sparse.weights == WEIGHTS + PREDICTOR
     assert sparse.per_sample == SPARSE_SAMPLE
     assert sparse.total == SPARSE_FIXED + 3 * SPARSE_SAMPLE
-    assert dense.kv_plan.capacity_full == FULL_ROWS
+    assert dense.kv_plan.capacities["full"] == FULL_ROWS
     assert dense.total == WEIGHTS + RUNTIME_BYTES + 3 * DENSE_SAMPLE
     assert found.embedding == VOCAB * HIDDEN * 2
     assert found.stored_scores == GEOMETRY.num_heads * 20 * 420 * 2
@@ -67,7 +67,7 @@ def test_a_dense_form_may_not_fit_at_all(folder):
 
 def test_a_prompt_without_an_image_keeps_all_rows(folder):
     found = plan(folder, num_image_tokens=0, max_new_tokens=10)
-    assert found.sparse.kv_plan.capacity_sparse == found.sparse.kv_plan.capacity_full == 31
+    assert found.sparse.kv_plan.capacities["sparse"] == found.sparse.kv_plan.capacities["full"] == 31
 
 
 def test_a_dense_bundle_equals_its_dense_form(tmp_path):

@@ -27,7 +27,7 @@ from dllava_export.evaluation.report import (
 )
 from dllava_export.evaluation.settings import EvaluationSettings
 
-ONE = EvaluationSettings(num_threads=1)
+ONE = EvaluationSettings()
 PROMPTS = {"w5 w6": "short", "w7": "short", "w8 w9 w10": "long"}
 
 
@@ -319,7 +319,7 @@ def answers(bundles):
     session = bundles.session("mha")
     found = {}
     for prompt in PROMPTS:
-        (found[prompt],) = session.generate([CAT], [prompt], max_new_tokens=20)
+        (found[prompt],) = session.generate([prompt], [CAT], max_new_tokens=20)
     return found
 
 
@@ -338,7 +338,7 @@ def questions(folder, answers):
 def test_evaluate_bundles_side_by_side(bundles, questions, answers):
     paths = [bundles.path("mha"), bundles.path("mha", policy="random"),
              bundles.path("mha", policy="none")]  # fmt: skip
-    settings = EvaluationSettings(batch_size=2, max_new_tokens=20, num_threads=1)
+    settings = EvaluationSettings(batch_size=2, max_new_tokens=20)
     found = evaluate(paths, questions, settings)
     sparse, random, dense = found.results
     assert [result.policy for result in found.results] == ["predictor", "random", "none"]
@@ -354,7 +354,7 @@ def test_evaluate_bundles_side_by_side(bundles, questions, answers):
 
 
 def test_evaluate_counts_kv_bytes(bundles, questions, answers):
-    settings = EvaluationSettings(batch_size=3, max_new_tokens=20, num_threads=1)
+    settings = EvaluationSettings(batch_size=3, max_new_tokens=20)
     (result,) = evaluate([bundles.path("mha")], questions, settings).results
     geometry = bundles.session("mha").manifest.geometry
     row = 2 * geometry.num_kv_heads * geometry.head_dim * 4
@@ -379,7 +379,7 @@ def test_evaluate_a_dense_bundle(bundles, questions):
 
 
 def test_evaluate_without_a_cache(bundles, questions, answers):
-    settings = EvaluationSettings(max_new_tokens=3, mode="recompute", num_threads=1)
+    settings = EvaluationSettings(max_new_tokens=3, mode="recompute")
     (result,) = evaluate([bundles.path("mha")], questions, settings).results
     assert [a.kv for a in result.answers] == [None] * 3
     assert (result.total.kept_image_tokens, result.total.kv_bytes) == (7.0, None)
@@ -423,7 +423,7 @@ def test_answers_of_like_length_go_together(bundles, folder, monkeypatch):
     monkeypatch.setattr(Session, "generate", note)
     truths = {"w5": "w6 w7 w8", "w8": "w6", "w9": "w6 w7 w9", "w10": "w7"}
     path = write(folder, *(line(image=None, text=t, answer=a) for t, a in truths.items()))
-    settings = EvaluationSettings(batch_size=2, max_new_tokens=2, num_threads=1)
+    settings = EvaluationSettings(batch_size=2, max_new_tokens=2)
     (result,) = evaluate([bundles.path("mha")], path, settings).results
     assert asked == [["w8", "w10"], ["w5", "w9"]]
     assert [answer.question.text for answer in result.answers] == list(truths)

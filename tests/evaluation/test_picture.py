@@ -72,7 +72,7 @@ def test_a_trace_is_what_the_session_does(bundles, checkpoint):
     found = trace(bundles, checkpoint)
     session = bundles.session(checkpoint)
     prompt = {"prompts": ["w5 w6"]} if checkpoint == "mha" else {"input_ids": [IDS]}
-    (answer,) = session.generate([CAT], max_new_tokens=12, **prompt)
+    (answer,) = session.generate(images=[CAT], max_new_tokens=12, **prompt)
     assert len(found.pieces) == len(answer.token_ids) == 12
     if checkpoint == "mha":
         assert "".join(found.pieces) == answer.text
@@ -129,7 +129,7 @@ def test_token_ids_stand_for_the_question(bundles):
 def test_an_answer_that_ends_by_itself(bundles, monkeypatch):
     from dllava_export.runtime.session import Session
 
-    (answer,) = bundles.session("mha").generate([CAT], ["w5 w6"], max_new_tokens=12)
+    (answer,) = bundles.session("mha").generate(["w5 w6"], [CAT], max_new_tokens=12)
     end = answer.token_ids[3]
     monkeypatch.setattr(Session, "eos_token_ids", (end,))
     found = trace(bundles)

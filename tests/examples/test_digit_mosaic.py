@@ -274,7 +274,7 @@ def test_trained_checkpoints_are_small() -> None:
 
 @pytest.mark.parametrize("mode", ["cache", "recompute"])
 def test_trained_model_answers_about_unseen_digits(trained: Path, mode: str) -> None:
-    settings = EvaluationSettings(mode=mode, num_threads=1)
+    settings = EvaluationSettings(mode=mode)
     report = evaluate([trained], FOLDER / "sample" / "questions.json", settings)
     (result,) = report.results
     assert [answer.text for answer in result.answers] == [

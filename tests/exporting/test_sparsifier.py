@@ -227,8 +227,8 @@ def run_bundle(folder: Path, graph: str, num_dropped: int = 0) -> dict[str, np.n
         names.TOKEN_KIND: TOKEN_KIND,
         names.NUM_KEPT: kept_lengths.max(keepdims=True),
         names.KEPT_LENGTHS: kept_lengths,
-        names.WRITE_INDEX_FULL: np.zeros(BATCH, np.int64),
-        names.WRITE_INDEX_SPARSE: np.zeros(BATCH, np.int64),
+        names.write_index(names.FULL): np.zeros(BATCH, np.int64),
+        names.write_index(names.SPARSE): np.zeros(BATCH, np.int64),
     }
     for layer in range(NUM_LAYERS):
         for part in ("key", "value"):

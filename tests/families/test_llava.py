@@ -126,9 +126,9 @@ def test_spec_of_llava_hf():
 
 
 def test_geometry_has_the_sizes_of_decoder_and_predictors():
-    geometry = describe("dynamic-llava").geometry(bytes_per_value=2)
+    geometry = describe("dynamic-llava").geometry
     assert (geometry.num_layers, geometry.hidden_size, geometry.head_dim) == (3, 16, 8)
-    assert (geometry.num_heads, geometry.num_kv_heads, geometry.bytes_per_value) == (2, 1, 2)
+    assert (geometry.num_heads, geometry.num_kv_heads) == (2, 1)
     assert geometry.predictor.d_model == 8
 
 

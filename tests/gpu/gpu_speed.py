@@ -38,5 +38,5 @@ def time_session(session: Session, prompt: Prompt, lengths: tuple[int, ...]) -> 
     for length in lengths:
         window = steps[max(length, 4) : length + _WINDOW]
         figures[f"decode@{length} ms"] = 1e3 * statistics.median(window)
-    figures["KV MiB"] = (session.kv_plan.bytes_full + session.kv_plan.bytes_sparse) / 2**20
+    figures["KV MiB"] = session.kv_plan.total_bytes / 2**20
     return figures

@@ -231,7 +231,7 @@ def test_reports_a_cache_at_the_full_index() -> None:
             super().apply(graph)
             for node in graph.nodes:
                 if node.op == "KVCacheAttention":
-                    node.inputs[5] = graph.tensors()[names.WRITE_INDEX_FULL]
+                    node.inputs[5] = graph.tensors()[names.write_index(names.FULL)]
             return True
 
     with pytest.raises(

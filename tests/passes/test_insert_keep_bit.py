@@ -199,9 +199,10 @@ def test_decode_equals_a_reference_that_forgets_dropped_rows(policy: str) -> Non
             )
             helpers.assert_close(outputs[names.LOGITS][sample], logits.astype(np.float32))
             stored = len(reference.caches[1][0])
-            assert outputs[names.NEXT_WRITE_INDEX_SPARSE][sample] == stored
+            assert outputs[names.next_write_index(names.SPARSE)][sample] == stored
             assert (
-                outputs[names.NEXT_WRITE_INDEX_FULL][sample] == len(kinds[sample]) + step + 1
+                outputs[names.next_write_index(names.FULL)][sample]
+                == len(kinds[sample]) + step + 1
             )
     assert 0 < np.sum(bits) < 2 * steps
 
@@ -213,8 +214,8 @@ def test_padding_stores_nothing() -> None:
     feeds[names.TOKEN_KIND] = np.array([[names.GENERATED_TEXT], [names.PADDING]])
     feeds[names.KEPT_LENGTHS] = np.array([1, 0])
     outputs = model(feeds)
-    assert outputs[names.NEXT_WRITE_INDEX_FULL].tolist() == [3, 2]
-    assert outputs[names.NEXT_WRITE_INDEX_SPARSE][1] == 2
+    assert outputs[names.next_write_index(names.FULL)].tolist() == [3, 2]
+    assert outputs[names.next_write_index(names.SPARSE)][1] == 2
     assert outputs[names.KEEP][1]
 
 
@@ -224,5 +225,5 @@ def test_the_index_stops_at_the_spare_row() -> None:
     for step in range(4):
         feeds = helpers.generated_row(1, 3 + step, seed=step)
         outputs = model(feeds | helpers.carried_over(outputs))
-    assert outputs[names.NEXT_WRITE_INDEX_SPARSE].tolist() == [4]
-    assert outputs[names.NEXT_WRITE_INDEX_FULL].tolist() == [7]
+    assert outputs[names.next_write_index(names.SPARSE)].tolist() == [4]
+    assert outputs[names.next_write_index(names.FULL)].tolist() == [7]

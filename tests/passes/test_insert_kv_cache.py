@@ -76,7 +76,7 @@ def test_prefill_equals_the_graph_without_a_cache() -> None:
     helpers.assert_close(
         actual[names.LOGITS], helpers.run(without_cache(), feeds)[names.LOGITS]
     )
-    assert actual[names.NEXT_WRITE_INDEX_FULL].tolist() == [4, 2]
+    assert actual[names.next_write_index(names.FULL)].tolist() == [4, 2]
 
 
 def test_decode_equals_recomputation() -> None:
@@ -112,7 +112,7 @@ def test_a_rewound_index_overwrites_the_last_row() -> None:
     model = helpers.Runner(with_cache())
     prefill = model(start(helpers.prompt([[1, 1, 1]], drop=0)))
     dropped = model(helpers.generated_row(1, 3, seed=8) | helpers.carried_over(prefill))
-    rewound = helpers.carried_over(dropped) | {names.WRITE_INDEX_FULL: np.array([3])}
+    rewound = helpers.carried_over(dropped) | {names.write_index(names.FULL): np.array([3])}
     following = helpers.generated_row(1, 4, seed=9)
     actual = model(following | rewound)[names.LOGITS]
     helpers.assert_close(
@@ -125,4 +125,4 @@ def test_the_spare_row_is_never_counted() -> None:
     outputs = model(start(helpers.prompt([[1, 1, 1], [1, 1]], drop=0), capacity=4))
     for _ in range(3):
         outputs = model(helpers.generated_row(2, 3, seed=1) | helpers.carried_over(outputs))
-    assert outputs[names.NEXT_WRITE_INDEX_FULL].tolist() == [3, 3]
+    assert outputs[names.next_write_index(names.FULL)].tolist() == [3, 3]

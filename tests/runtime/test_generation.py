@@ -59,7 +59,7 @@ def counts(generation):
 @pytest.mark.parametrize("mode", MODES)
 def test_greedy_equals_the_loop_written_out(bundles, mode):
     session = endless(bundles)
-    [answer] = session.generate([image()], input_ids=[IDS], max_new_tokens=12, mode=mode)
+    [answer] = session.generate(images=[image()], input_ids=[IDS], max_new_tokens=12, mode=mode)
     assert answer.token_ids == greedy(session, IDS, [image()], 12, mode)
     assert answer.finish_reason == "length"
 
@@ -67,8 +67,8 @@ def test_greedy_equals_the_loop_written_out(bundles, mode):
 def test_prompts_are_put_in_the_chat_template(bundles):
     session = bundles.session("mha")
     ids = session.tokenizer.encode(session.tokenizer.render(QUESTIONS[0], with_image=True))
-    [from_text] = session.generate([image()], QUESTIONS[:1], max_new_tokens=6)
-    [from_ids] = session.generate([image()], input_ids=[ids], max_new_tokens=6)
+    [from_text] = session.generate(QUESTIONS[:1], [image()], max_new_tokens=6)
+    [from_ids] = session.generate(images=[image()], input_ids=[ids], max_new_tokens=6)
     assert counts(from_text) == counts(from_ids)
     assert from_text.num_prompt_tokens == len(ids) + 35
 
@@ -84,7 +84,7 @@ def test_text_is_that_of_the_tokens(bundles):
 def test_both_modes_agree_where_nothing_is_dropped(bundles):
     session = endless(bundles, policy="none")
     answers = [
-        session.generate([image()], input_ids=[IDS], max_new_tokens=12, mode=mode)[0]
+        session.generate(images=[image()], input_ids=[IDS], max_new_tokens=12, mode=mode)[0]
         for mode in MODES
     ]
     assert answers[0].token_ids == answers[1].token_ids
@@ -104,10 +104,10 @@ def test_both_modes_agree_where_nothing_is_dropped(bundles):
 )
 def test_samples_of_a_batch_are_answered_as_alone(bundles, images, mode):
     session = bundles.session("mha")
-    together = session.generate(images, QUESTIONS, max_new_tokens=8, mode=mode)
+    together = session.generate(QUESTIONS, images, max_new_tokens=8, mode=mode)
     for sample, question in enumerate(QUESTIONS):
         own = images[sample : sample + 1] if images is not None else None
-        [alone] = session.generate(own, [question], max_new_tokens=8, mode=mode)
+        [alone] = session.generate([question], own, max_new_tokens=8, mode=mode)
         assert counts(together[sample]) == counts(alone)
 
 
@@ -117,11 +117,11 @@ def test_a_sample_that_ends_early_does_not_disturb_the_other(bundles, mode):
     settings = {"max_new_tokens": 12, "mode": mode, "temperature": 3.0, "seed": 4}
     prompts = [TEXT_IDS, IDS]
     images = [None, image()]
-    first, second = session.generate(images, input_ids=prompts, **settings)
+    first, second = session.generate(images=images, input_ids=prompts, **settings)
     end = next(
         t for t in first.token_ids[2:] if t not in first.token_ids[:2] + second.token_ids
     )
-    ended, unchanged = with_end(session, end).generate(images, input_ids=prompts, **settings)
+    ended, unchanged = with_end(session, end).generate(images=images, input_ids=prompts, **settings)
     assert ended.finish_reason == "stop"
     assert ended.token_ids == first.token_ids[: first.token_ids.index(end)]
     assert ended.num_fed_tokens == len(ended.token_ids)
@@ -196,7 +196,7 @@ def test_an_end_of_sequence_stops(bundles, mode):
     tokens = greedy(session, IDS, [image()], 12, mode)
     place = next(i for i in range(1, 12) if tokens[i] not in tokens[:i])
     with_end(session, 130 if tokens[place] != 130 else 129, tokens[place])
-    [answer] = session.generate([image()], input_ids=[IDS], max_new_tokens=12, mode=mode)
+    [answer] = session.generate(images=[image()], input_ids=[IDS], max_new_tokens=12, mode=mode)
     assert answer.finish_reason == "stop"
     assert answer.token_ids == tokens[:place]
     assert answer.num_fed_tokens == place
@@ -206,7 +206,7 @@ def test_an_end_of_sequence_stops(bundles, mode):
 def test_an_end_of_sequence_at_once_gives_an_empty_answer(bundles, mode):
     session = endless(bundles)
     with_end(session, *greedy(session, IDS, [image()], 1, mode))
-    [answer] = session.generate([image()], input_ids=[IDS], max_new_tokens=5, mode=mode)
+    [answer] = session.generate(images=[image()], input_ids=[IDS], max_new_tokens=5, mode=mode)
     assert (answer.finish_reason, answer.token_ids, answer.num_fed_tokens) == ("stop", [], 0)
 
 
@@ -225,7 +225,7 @@ def test_a_full_cache_ends_by_length(bundles, mode, room, num_tokens):
 @pytest.mark.parametrize("mode", MODES)
 def test_image_tokens_count_towards_the_length(bundles, mode):
     session = endless(bundles, max_length=4 + 36 + 2)
-    [answer] = session.generate([image()], input_ids=[IDS], max_new_tokens=50, mode=mode)
+    [answer] = session.generate(images=[image()], input_ids=[IDS], max_new_tokens=50, mode=mode)
     assert answer.num_fed_tokens == 2
 
 
@@ -257,7 +257,7 @@ def test_counts_prompt_and_image_tokens(bundles, mode):
 
 def test_counts_what_stays_in_the_sparse_caches(bundles):
     session = endless(bundles)
-    [answer] = session.generate([image()], input_ids=[IDS], max_new_tokens=25)
+    [answer] = session.generate(images=[image()], input_ids=[IDS], max_new_tokens=25)
     pixels = session.image_processor([image()])
     session.prefill([IDS], pixels)
     steps = [session.decode([token]) for token in answer.token_ids[:-1]]
@@ -283,7 +283,7 @@ def test_counts_tokens_that_found_the_sparse_caches_full(bundles):
     [answer] = session.generate(
         input_ids=[TEXT_IDS], max_new_tokens=200, temperature=2.0, seed=1
     )
-    assert answer.num_kept_tokens == session.kv_plan.capacity_sparse - 1 - len(TEXT_IDS)
+    assert answer.num_kept_tokens == session.kv_plan.capacities["sparse"] - 1 - len(TEXT_IDS)
     assert answer.num_forced_drops > 0
     assert f"{answer.num_forced_drops} tokens were dropped because" in answer.to_text()
 

@@ -92,7 +92,7 @@ def test_dense_bundles_have_one_group_of_caches(bundles):
     session = bundles.session("mha", policy="none")
     session.prefill([IMAGE_PROMPT], pixels(), max_new_tokens=8)
     decoded = session.decode([5])
-    assert session.kv_plan.num_sparse_layers == 0
+    assert session.kv_plan.groups[-1].name == 'full'
     assert decoded.cache_lengths[:, 0].tolist() == [4 + 36 + 1] * 4
     assert decoded.keep.tolist() == [True]
     assert decoded.forced.tolist() == [False]
@@ -113,7 +113,7 @@ def overflow(bundles):
 
 def test_a_full_sparse_cache_forces_drops(overflow):
     tight, roomy, session = overflow
-    capacity = session.kv_plan.capacity_sparse
+    capacity = session.kv_plan.capacities["sparse"]
     lengths = tight.cache_lengths[:, -1, 0]
     forced = np.stack([step.forced for step in tight.steps])
     full_at = int(np.argmax(lengths == capacity - 1))
@@ -137,7 +137,7 @@ def test_the_first_forced_drop_shows_one_step_later(overflow):
 
 def test_a_full_sparse_cache_is_not_written(overflow):
     _, _, session = overflow
-    valid = session.kv_plan.capacity_sparse - 1
+    valid = session.kv_plan.capacities["sparse"] - 1
     before = [part[:, :, :valid].copy() for i in (2, 3) for part in session.cache(i)]
     full_before = [session.cache(i)[0][:, :, : len(PROMPT) + 199].copy() for i in (0, 1)]
     session._full -= 5  # room for some more steps
@@ -264,10 +264,10 @@ def test_two_prompts_equal_one_long_prompt(bundles):
 def test_a_further_prompt_makes_room_in_the_sparse_caches(bundles):
     session = bundles.session("mha", **TIGHT)
     session.prefill([PROMPT], max_new_tokens=300)
-    planned = session.kv_plan.capacity_sparse
+    planned = session.kv_plan.capacities["sparse"]
     keys = session.cache(3)[0][:, :, : len(PROMPT)].copy()
     extended = session.extend([np.tile(PROMPT, 9)])
-    assert session.kv_plan.capacity_sparse > planned
+    assert session.kv_plan.capacities["sparse"] > planned
     assert extended.cache_lengths[:, 0].tolist() == [100] * 4
     assert np.array_equal(session.cache(3)[0][:, :, : len(PROMPT)], keys)
     whole = bundles.session("mha").prefill([np.tile(PROMPT, 10)])
@@ -281,11 +281,11 @@ def test_a_further_prompt_makes_room_in_the_sparse_caches(bundles):
 def test_a_further_prompt_never_ends_in_the_spare_row(bundles, beyond):
     session = bundles.session("mha", **TIGHT)
     session.prefill([PROMPT], max_new_tokens=300)
-    planned = session.kv_plan.capacity_sparse
+    planned = session.kv_plan.capacities["sparse"]
     further = np.arange(3, 3 + planned - 1 + beyond - len(PROMPT))
     extended = session.extend([further])
     assert extended.cache_lengths[:, 0].tolist() == [planned - 1 + beyond] * 4
-    assert (session.kv_plan.capacity_sparse > planned) == (beyond > 0)
+    assert (session.kv_plan.capacities["sparse"] > planned) == (beyond > 0)
 
 
 def test_a_further_prompt_of_a_batch_makes_room_for_all(bundles):

@@ -117,8 +117,8 @@ def carried_over(outputs):
         for name, value in outputs.items()
         if name.startswith("present")
     }
-    state[names.WRITE_INDEX_FULL] = outputs[names.NEXT_WRITE_INDEX_FULL]
-    state[names.WRITE_INDEX_SPARSE] = outputs[names.NEXT_WRITE_INDEX_SPARSE]
+    state[names.write_index(names.FULL)] = outputs[names.next_write_index(names.FULL)]
+    state[names.write_index(names.SPARSE)] = outputs[names.next_write_index(names.SPARSE)]
     return state
 
 
@@ -129,7 +129,10 @@ def empty_state(session, capacity):
         for entry in caches
     }
     index = np.zeros(1, np.int64)
-    return state | {names.WRITE_INDEX_FULL: index, names.WRITE_INDEX_SPARSE: index}
+    return state | {
+        names.write_index(names.FULL): index,
+        names.write_index(names.SPARSE): index,
+    }
 
 
 @pytest.mark.parametrize("name", ONE_CASE_EACH)
@@ -192,8 +195,10 @@ def test_a_second_round_equals_the_portable_decoder(bundles, name):
     assert_close(extended.logits, results[-2], tolerances.SAME_MODEL)
     assert_close(after.logits, results[-1], tolerances.SAME_MODEL)
     lengths = carried_over(outputs)
-    assert after.cache_lengths[0].tolist() == lengths[names.WRITE_INDEX_FULL].tolist()
-    assert after.cache_lengths[-1].tolist() == lengths[names.WRITE_INDEX_SPARSE].tolist()
+    assert after.cache_lengths[0].tolist() == lengths[names.write_index(names.FULL)].tolist()
+    assert (
+        after.cache_lengths[-1].tolist() == lengths[names.write_index(names.SPARSE)].tolist()
+    )
 
 
 # Batches: each sample as if it were alone.

@@ -158,7 +158,7 @@ def test_a_trained_checkpoint_exports_and_runs_as_in_training(folder, data, trai
     batch = Batch.from_samples([records.sample(entry) for entry in records.records[:2]])
     session = dllava_export.load(folder / "bundle", num_threads=1)
     assert_session_equals_training(session, model, batch)
-    (answer,) = session.generate([data.parent / "0.png"], ["w5 w6"], max_new_tokens=3)
+    (answer,) = session.generate(["w5 w6"], [data.parent / "0.png"], max_new_tokens=3)
     assert len(answer.token_ids) >= 1
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dllava_export import names
-from dllava_export.backends.backend import StepInputs, StepOutputs
-from dllava_export.backends.kv_plan import SPARE_ROWS, KVPlan
+from dllava_export.backends.backend import Backend, StepInputs, StepOutputs
+from dllava_export.backends.kv_plan import KVPlan
 from dllava_export.backends.ort.buffers import BoundRun, CacheBuffer, numpy_type
 from dllava_export.backends.ort.providers import (
     check_provider,
@@ -20,22 +21,25 @@ from dllava_export.backends.ort.providers import (
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import Manifest
 from dllava_export.errors import BackendError
+from dllava_export.precision import BF16
 
 if TYPE_CHECKING:
     import onnx
     import onnxruntime as ort
 
 
-__all__ = ["OrtBackend", "lowered_model", "open_session"]
+__all__ = ["ONNXRUNTIME", "OrtBackend", "lowered_model", "open_session"]
 
 logger = logging.getLogger(__name__)
+
+ONNXRUNTIME = "onnxruntime"
 
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 _ASSIGNMENT_KEY = "session.record_ep_graph_assignment_info"
 _HEAD_DIM_MULTIPLE = 8  # of GroupQueryAttention
 
 
-class OrtBackend:
+class OrtBackend(Backend):
     """A bundle in ONNX Runtime: one session for prefill and decode.
 
     Args:
@@ -44,19 +48,19 @@ class OrtBackend:
         provider: `cpu`, or `cuda` for an NVIDIA GPU.
         num_threads: Threads of ONNX Runtime; its own default where None.
         decoder: A portable decoder over the bundle's weights, instead of the bundle's own.
-        max_length: Tokens that a sample's cache may hold, prompt and answer together; the
-            model's `max_position_embeddings` where None.
+        wrap_session: Called with each inference session that is opened; what it returns is
+            run in its place, for example to time the runs.
 
     Attributes:
         name: As `load` takes it.
         plan: The cache buffers in use; None before the first prompt.
-        max_length: As above.
+        max_length: None: caches are as large as they are planned.
 
     Raises:
         BackendError: If ONNX Runtime is missing, lacks the provider, or cannot run the graphs.
     """
 
-    name = "onnxruntime"
+    name = ONNXRUNTIME
 
     def __init__(
         self,
@@ -66,9 +70,11 @@ class OrtBackend:
         provider: str = "cpu",
         num_threads: int | None = None,
         decoder: onnx.ModelProto | None = None,
-        max_length: int | None = None,
+        wrap_session: Callable[[Any], Any] = lambda session: session,
     ) -> None:
-        if manifest.precision == "bf16" and provider == "cpu":
+        if BF16 in (manifest.precision.activations, manifest.precision.cache) and (
+            provider == "cpu"
+        ):
             raise BackendError(
                 "The bundle is in bf16, which ONNX Runtime has no CPU kernels for. Export with "
                 "--precision fp16 or fp32, or run it with --provider cuda."
@@ -83,14 +89,11 @@ class OrtBackend:
         self._manifest = manifest
         self._provider = provider
         self._num_threads = num_threads
-        self.max_length = (
-            manifest.max_position_embeddings if max_length is None else max_length
-        )
+        self._wrap_session = wrap_session
         self._decoder = self._open_decoder(decoder or layout.DECODER)
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._caches: dict[str, CacheBuffer] = {}
         self._decode: BoundRun | None = None
-        self.plan: KVPlan | None = None
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return image features [num_images, num_image_tokens, hidden_size]."""
@@ -114,12 +117,12 @@ class OrtBackend:
         self._caches = {
             entry.name: self._new_cache(entry, plan)
             for entry in self._decoder.get_inputs()
-            if entry.name.startswith("past_key_values.")
+            if names.is_past(entry.name)
         }
         self.plan = plan
 
-    def grow_sparse(self, plan: KVPlan) -> None:
-        """Move the sparse group to larger buffers: for a further prompt, not per step."""
+    def grow(self, plan: KVPlan) -> None:
+        """Move to larger buffers, keeping what is in them: for a further prompt, not per step."""
         old = self._caches
         self.allocate(plan)
         for name, cache in self._caches.items():
@@ -131,21 +134,21 @@ class OrtBackend:
         Several rows on top of a filled cache must go sample by sample: the attention kernel
         takes only one such sample at a time.
         """
-        return _step_outputs(self._bound_decoder(inputs, sample).run())
+        return StepOutputs.from_tensors(self._bound_decoder(inputs, sample).run())
 
     def decode(self, inputs: StepInputs) -> StepOutputs:
         """Feed one row per sample; bindings are made once and the input arrays re-used."""
         if self._decode is None:
             self._decode = self._bound_decoder(inputs, None)
         else:
-            self._decode.update(vars(inputs))
-        return _step_outputs(self._decode.run())
+            self._decode.update(inputs.tensors())
+        return StepOutputs.from_tensors(self._decode.run())
 
     def recompute(self, inputs: StepInputs) -> StepOutputs:
         """Run the decoder without a cache over whole sequences."""
         session = self._session("recompute")
-        run = BoundRun("recompute", session, vars(inputs), self._output_shapes(inputs))
-        return _step_outputs(run.run())
+        run = BoundRun("recompute", session, inputs.tensors(), self._output_shapes(inputs))
+        return StepOutputs.from_tensors(run.run())
 
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a layer's key and value buffers, [batch, num_kv_heads, capacity, head_dim].
@@ -157,7 +160,14 @@ class OrtBackend:
 
     def _bound_decoder(self, inputs: StepInputs, sample: int | None) -> BoundRun:
         shapes = self._output_shapes(inputs)
-        return BoundRun("decoder", self._decoder, vars(inputs), shapes, self._caches, sample)
+        values = inputs.tensors()
+        return BoundRun("decoder", self._decoder, values, shapes, self._caches, sample)
+
+    def close(self) -> None:
+        """Let sessions and buffers go."""
+        self._decode, self.plan = None, None
+        self._sessions, self._caches = {}, {}
+        del self._decoder
 
     def _output_shapes(self, inputs: StepInputs) -> dict[str, tuple[int, ...]]:
         batch = len(inputs.position_ids)
@@ -167,8 +177,7 @@ class OrtBackend:
         }
 
     def _new_cache(self, entry: Any, plan: KVPlan) -> CacheBuffer:
-        is_sparse = entry.shape[2] == names.CAPACITY_SPARSE
-        capacity = plan.capacity_sparse if is_sparse else plan.capacity_full
+        capacity = plan.capacities[names.group_of(entry.shape[2])]
         shape = (plan.batch, entry.shape[1], capacity, entry.shape[3])
         return CacheBuffer(shape, numpy_type(entry.type), self._provider)
 
@@ -179,9 +188,7 @@ class OrtBackend:
                 self._sessions[what] = self._open_decoder(layout.RECOMPUTE)
             else:
                 path = self._folder / layout.VISUAL_FOLDER / layout.VISUAL
-                self._sessions[what] = open_session(
-                    path, provider=self._provider, num_threads=self._num_threads
-                )
+                self._sessions[what] = self._open(path)
         return self._sessions[what]
 
     def _open_decoder(self, source: str | onnx.ModelProto) -> ort.InferenceSession:
@@ -189,23 +196,24 @@ class OrtBackend:
         model = lowered_model(
             folder / source if isinstance(source, str) else source,
             provider=self._provider,
-            num_positions=self.max_length + SPARE_ROWS,
         )
-        return open_session(
+        return self._open(model, folder)
+
+    def _open(
+        self, model: Path | onnx.ModelProto, folder: Path | None = None
+    ) -> ort.InferenceSession:
+        session = open_session(
             model, folder=folder, provider=self._provider, num_threads=self._num_threads
         )
+        return self._wrap_session(session)
 
 
-def lowered_model(
-    source: Path | onnx.ModelProto, *, provider: str = "cpu", num_positions: int | None = None
-) -> onnx.ModelProto:
+def lowered_model(source: Path | onnx.ModelProto, *, provider: str = "cpu") -> onnx.ModelProto:
     """Return a portable decoder in ONNX Runtime's form; weights stay external.
 
     Args:
         source: The decoder, or its file.
         provider: `cpu` or `cuda`: their kernels take different types.
-        num_positions: Rows that a cache may have at most, if every token's position is its row
-            in the full caches.
     """
     import onnx
 
@@ -216,7 +224,7 @@ def lowered_model(
     if isinstance(source, Path):
         source = onnx.load(source, load_external_data=False)
     graph = graph_from_model(source)
-    run_passes(graph, lowering_passes(provider, num_positions=num_positions))
+    run_passes(graph, lowering_passes(provider))
     return model_from_graph(graph)
 
 
@@ -263,9 +271,3 @@ def open_session(
     if provider == "cuda":
         log_nodes_on_cpu(session)
     return session
-
-
-def _step_outputs(values: dict[str, np.ndarray]) -> StepOutputs:
-    if values[names.LOGITS].dtype != np.float32:
-        values[names.LOGITS] = values[names.LOGITS].astype(np.float32)
-    return StepOutputs(**values)

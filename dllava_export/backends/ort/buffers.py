@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dllava_export import names
 from dllava_export.errors import BackendError
+from dllava_export.precision import numpy_dtype
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BoundRun", "CacheBuffer", "numpy_type"]
 
-_NUMPY_NAMES = {"float": "float32", "double": "float64"}
+_NUMPY_NAMES = {"float": "float32", "double": "float64"}  # where ONNX Runtime's differ
 
 
 class CacheBuffer:
@@ -101,6 +103,9 @@ class BoundRun:
             for name, cache in (caches or {}).items()
         }
         device = next((cache.device for cache in (caches or {}).values()), "cpu")
+        presents = {names.present_of(name): name for name in places}
+        # The binding knows addresses only: what they point to must live as long.
+        self._caches = caches
         # A session on a GPU copies an input to there when it is bound, and never again.
         self._is_copied_when_bound = device != "cpu"
         for entry in session.get_inputs():
@@ -113,9 +118,10 @@ class BoundRun:
             self._bind_from_host(entry, array)
         batch = len(next(iter(self._inputs.values())))
         for entry in session.get_outputs():
-            past = entry.name.replace("present.", "past_key_values.")
-            if past in places:
-                self._bind(self._binding.bind_output, entry, device, *places[past])
+            if entry.name in presents:
+                self._bind(
+                    self._binding.bind_output, entry, device, *places[presents[entry.name]]
+                )
                 continue
             array = np.empty(output_shapes.get(entry.name, (batch,)), numpy_type(entry.type))
             self._outputs[entry.name] = array
@@ -163,11 +169,7 @@ class BoundRun:
 def numpy_type(onnx_type: str) -> np.dtype:
     """Return the dtype behind ONNX Runtime's `tensor(float16)` and the like."""
     name = onnx_type.removeprefix("tensor(").removesuffix(")")
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(_NUMPY_NAMES.get(name, name))
+    return numpy_dtype(_NUMPY_NAMES.get(name, name))
 
 
 def _element_type(onnx_type: str) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dllava_export import names
-from dllava_export.backends.backend import StepInputs, StepOutputs
+from dllava_export.backends.backend import Backend, StepInputs, StepOutputs
 from dllava_export.backends.kv_plan import SPARE_ROWS, KVPlan
 from dllava_export.backends.trt.decoder import TrtDecoder
 from dllava_export.backends.trt.device_memory import CudaDevice
@@ -25,10 +24,10 @@ from dllava_export.backends.trt.engine_files import (
     engine_bytes,
     engine_entry,
 )
-from dllava_export.backends.trt.memory_layout import dtype_named
 from dllava_export.backends.trt.trt_module import trt_logger, trt_module
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import Manifest
+from dllava_export.precision import numpy_dtype
 
 __all__ = ["TrtBackend"]
 
@@ -39,7 +38,7 @@ _GRAPHS = {
 }
 
 
-class TrtBackend:
+class TrtBackend(Backend):
     """A bundle in TensorRT or TensorRT-RTX: one engine for prefill and decode.
 
     Args:
@@ -69,12 +68,11 @@ class TrtBackend:
         cuda_graph: bool = True,
     ) -> None:
         self.name = name
-        self.plan: KVPlan | None = None
         self._folder, self._manifest, self._verify = folder, manifest, verify
         self._trt = trt_module(name)
         self._logger = trt_logger(self._trt)
         self._config = checked_config(folder, name, self._trt.__version__)
-        self.max_length = self._config.capacity_full - SPARE_ROWS
+        self.max_length = self._config.capacities[names.FULL] - SPARE_ROWS
         decoder = engine_bytes(folder, self._config, DECODER_ENGINE, verify=verify)
         self._device = CudaDevice()
         check_device(self._config, self._device.name, self._device.compute_capability)
@@ -90,7 +88,7 @@ class TrtBackend:
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return image features [num_images, num_image_tokens, hidden_size]."""
         dtype = self._manifest.tensors[_GRAPHS[VISUAL_ENGINE]]["inputs"][0]["dtype"]
-        pixels = pixel_values.astype(dtype_named(dtype))
+        pixels = pixel_values.astype(numpy_dtype(dtype))
         size = self._max_dims(VISUAL_ENGINE)[names.BATCH]
         engine = self._engine(VISUAL_ENGINE)
         parts = [
@@ -103,17 +101,17 @@ class TrtBackend:
         """Check that the engine's caches, which are there already, hold what is planned."""
         self.plan = check_plan(self._config, plan)
 
-    def grow_sparse(self, plan: KVPlan) -> None:
-        """Check that a larger sparse group fits: the engine's capacity is fixed."""
+    def grow(self, plan: KVPlan) -> None:
+        """Check that larger buffers fit: the engine's capacities are fixed."""
         self.allocate(plan)
 
     def run(self, inputs: StepInputs, *, sample: int | None = None) -> StepOutputs:
         """Feed rows on top of the caches, of all samples or of one."""
-        return _step_outputs(self._decoder.run(inputs, sample))
+        return StepOutputs.from_tensors(self._decoder.run(inputs, sample))
 
     def decode(self, inputs: StepInputs) -> StepOutputs:
         """Feed one row per sample, as a CUDA graph where one was captured."""
-        return _step_outputs(self._decoder.decode(inputs))
+        return StepOutputs.from_tensors(self._decoder.decode(inputs))
 
     def recompute(self, inputs: StepInputs) -> StepOutputs:
         """Run the decoder without a cache over whole sequences."""
@@ -123,7 +121,14 @@ class TrtBackend:
             names.ROWS: rows,
             names.NUM_KEPT_DIM: int(inputs.num_kept[0]),
         }
-        return _step_outputs(self._engine(RECOMPUTE_ENGINE).run(dims, vars(inputs)))
+        return StepOutputs.from_tensors(
+            self._engine(RECOMPUTE_ENGINE).run(dims, inputs.tensors())
+        )
+
+    def close(self) -> None:
+        """Let engines, buffers and the CUDA stream go."""
+        self._engines = {}
+        del self._decoder, self._device
 
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return copies of a layer's caches, [batch, num_kv_heads, capacity, head_dim]."""
@@ -166,9 +171,7 @@ class TrtBackend:
         plugin_ops = tuple(op for op, how in config.plugins.items() if how == "plugin")
         if plugin_ops:  # the parser that reads the weights knows the nodes by their plugins
             register_plugins(self._trt)
-        model = lowered_model(
-            load_structure(path), config.capacity_full, config.capacity_sparse, plugin_ops
-        )
+        model = lowered_model(load_structure(path), config.capacities, plugin_ops)
         return model.SerializeToString()
 
     def _max_dims(self, name: str) -> dict[str, int]:
@@ -182,8 +185,3 @@ class TrtBackend:
                 pairs = zip(tensor["shape"], covered.max, strict=True)
                 dims |= {size: largest for size, largest in pairs if isinstance(size, str)}
         return {**dims, names.NUM_KEPT_DIM: dims.get(names.ROWS, 0)}
-
-
-def _step_outputs(values: dict[str, Any]) -> StepOutputs:
-    logits = values[names.LOGITS].astype(np.float32, copy=False)
-    return StepOutputs(**{**values, names.LOGITS: logits})

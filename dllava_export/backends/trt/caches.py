@@ -12,17 +12,9 @@ from dllava_export import names
 from dllava_export.backends.trt.device_memory import CudaDevice, DeviceBuffer
 from dllava_export.backends.trt.memory_layout import ALIGNMENT, BlockLayout, TensorSpec
 
-__all__ = ["DeviceCaches", "WriteIndices", "present_name"]
+__all__ = ["DeviceCaches", "WriteIndices"]
 
-_INDICES = {
-    names.WRITE_INDEX_FULL: names.NEXT_WRITE_INDEX_FULL,
-    names.WRITE_INDEX_SPARSE: names.NEXT_WRITE_INDEX_SPARSE,
-}
-
-
-def present_name(past: str) -> str:
-    """Return the output that shares a cache input's buffer."""
-    return past.replace("past_key_values.", "present.")
+_INDICES = {names.write_index(g): names.next_write_index(g) for g in names.GROUPS}
 
 
 class DeviceCaches:
@@ -143,4 +135,4 @@ class WriteIndices:
 
 def _both(pasts: Mapping[str, int]) -> dict[str, int]:
     """Return addresses of past and present: each pair shares one buffer."""
-    return {**pasts, **{present_name(name): address for name, address in pasts.items()}}
+    return {**pasts, **{names.present_of(name): address for name, address in pasts.items()}}

@@ -10,7 +10,7 @@ import numpy as np
 
 from dllava_export import names
 from dllava_export.backends.backend import StepInputs
-from dllava_export.backends.trt.caches import DeviceCaches, WriteIndices, present_name
+from dllava_export.backends.trt.caches import DeviceCaches, WriteIndices
 from dllava_export.backends.trt.device_memory import CudaDevice, CudaGraph
 from dllava_export.backends.trt.engine import LoadedEngine, StagedEngine
 from dllava_export.backends.trt.engine_config import DECODE, PREFILL, EngineConfig
@@ -53,14 +53,14 @@ class TrtDecoder:
         specs = {
             name: spec
             for name, spec in resolved_tensors(self._inputs, self._max_dims(PREFILL)).items()
-            if name.startswith("past_key_values.")
+            if names.is_past(name)
         }
         if config.plugins.get("KVCacheAttention") != "plugin":  # the plugin aliases by itself
-            engine.check_aliases((present_name(name), name) for name in specs)
+            engine.check_aliases((names.present_of(name), name) for name in specs)
         self._caches = DeviceCaches(specs, device)
         self._indices = WriteIndices(self._inputs, config.max_batch_size, device)
         self._outputs = self._indices.outputs_first(tensors["outputs"])
-        caches = frozenset(specs) | {present_name(name) for name in specs}
+        caches = frozenset(specs) | {names.present_of(name) for name in specs}
         self._prefill = self._staged(PREFILL, caches)
         self._decode = self._staged(
             DECODE, caches | frozenset(self._indices.names), cuda_graph=cuda_graph
@@ -78,7 +78,7 @@ class TrtDecoder:
         batch, rows = inputs.position_ids.shape
         dims = self._dims(batch, rows, int(inputs.num_kept[0]))
         with self._caches.addresses(sample) as addresses:
-            return self._prefill.run(dims, vars(inputs), addresses)
+            return self._prefill.run(dims, inputs.tensors(), addresses)
 
     def decode(self, inputs: StepInputs) -> dict[str, np.ndarray]:
         """Feed one row per sample; shapes are bound once per batch size.
@@ -89,8 +89,8 @@ class TrtDecoder:
         batch = len(inputs.position_ids)
         if batch != self._bound_batch:
             self._bind_decode(batch, inputs)
-        self._indices.upload(vars(inputs))
-        self._decode.fill(vars(inputs))
+        self._indices.upload(inputs.tensors())
+        self._decode.fill(inputs.tensors())
         self._launch()
         outputs = self._decode.read()
         self._indices.remember(outputs)
@@ -105,8 +105,7 @@ class TrtDecoder:
             names.BATCH: batch,
             names.ROWS: rows,
             names.NUM_KEPT_DIM: num_kept,
-            names.CAPACITY_FULL: self._config.capacity_full,
-            names.CAPACITY_SPARSE: self._config.capacity_sparse,
+            **{names.capacity(g): rows for g, rows in self._config.capacities.items()},
         }
 
     def _max_dims(self, profile: str) -> dict[str, int]:
@@ -131,7 +130,7 @@ class TrtDecoder:
         self._bound_batch, self._graph, self._is_warm = 0, None, False
         with self._caches.addresses() as caches:
             addresses = {**caches, **self._indices.addresses(batch)}
-            self._decode.bind(self._dims(batch, 1, 1), vars(inputs), addresses)
+            self._decode.bind(self._dims(batch, 1, 1), inputs.tensors(), addresses)
         self._bound_batch = batch
 
     def _launch(self) -> None:
@@ -150,5 +149,5 @@ class TrtDecoder:
 
     def _queue_step(self) -> None:
         self._decode.enqueue()
-        source = self._decode.output_address(names.NEXT_WRITE_INDEX_FULL)
+        source = self._decode.output_address(names.next_write_index(names.GROUPS[0]))
         self._indices.queue_update(source, self._bound_batch)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dllava_export import names
 from dllava_export.backends.trt.device_memory import CudaDevice
 from dllava_export.backends.trt.engine_config import EngineFile
 from dllava_export.backends.trt.engine_files import check_request
@@ -167,7 +168,7 @@ class LoadedEngine:
         listed = ", ".join(
             f"{name} {'x'.join(map(str, shape))}"
             for name, shape in shapes.items()
-            if not name.startswith("past_key_values.")
+            if not names.is_past(name)
         )
         return BackendError(
             f"TensorRT could not {what} of the {self.name} engine: {self._reasons()} Inputs: "

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dllava_export import names
 from dllava_export.bundles.layout import MANIFEST
 from dllava_export.errors import BackendError, BundleError
 
@@ -96,8 +97,7 @@ class EngineConfig:
         precision: `fp32`, `fp16` or `bf16`, as the bundle.
         max_batch_size: Samples at once.
         max_input_len: Rows that one run may feed per sample.
-        capacity_full: Rows of each cache buffer below `sparse_layer`, spare row included.
-        capacity_sparse: Rows of each cache buffer from `sparse_layer` on, the same.
+        capacities: Cache group → rows of each of its buffers, spare row included.
         is_stripped: True where the engines hold no weights and must be refitted from the
             bundle's graphs.
         engines: `decoder`, `visual`, `recompute` → its file. What was not built is absent.
@@ -114,8 +114,7 @@ class EngineConfig:
     precision: str
     max_batch_size: int
     max_input_len: int
-    capacity_full: int
-    capacity_sparse: int
+    capacities: dict[str, int]
     is_stripped: bool
     engines: dict[str, EngineFile]
     not_built: dict[str, str]
@@ -209,6 +208,8 @@ def read_engine_config(bundle_folder: Path, backend: str) -> EngineConfig:
 
 def _config_from(document: Mapping[str, Any]) -> EngineConfig:
     values = dict(document)
+    if "capacities" not in values:  # as 0.1 wrote them
+        values["capacities"] = {g: values.pop(names.capacity(g)) for g in names.GROUPS}
     values["compute_capabilities"] = tuple(values["compute_capabilities"])
     values["engines"] = {
         name: EngineFile(**{**entry, "profiles": _profiles_from(entry["profiles"])})

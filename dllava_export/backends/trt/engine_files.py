@@ -150,10 +150,8 @@ def check_plan(config: EngineConfig, plan: KVPlan) -> KVPlan:
             f"The batch has {plan.batch} samples, the engines take {config.max_batch_size} at "
             f"most. Use smaller batches, or build with --max-batch-size {plan.batch}."
         )
-    groups = [("full", plan.capacity_full, config.capacity_full)]
-    if plan.num_sparse_layers:
-        groups.append(("sparse", plan.capacity_sparse, config.capacity_sparse))
-    for group, wanted, found in groups:
+    for group, wanted in plan.capacities.items():
+        found = config.capacities[group]
         if wanted > found:
             raise CapacityError(
                 f"The {group} KV caches need {wanted - SPARE_ROWS} rows, the engine's have "
@@ -161,7 +159,7 @@ def check_plan(config: EngineConfig, plan: KVPlan) -> KVPlan:
                 "or build with a larger --max-kv-cache-capacity."
             )
     return dataclasses.replace(
-        plan, capacity_full=config.capacity_full, capacity_sparse=config.capacity_sparse
+        plan, capacities={group: config.capacities[group] for group in plan.capacities}
     )
 
 

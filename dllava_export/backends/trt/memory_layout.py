@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ALIGNMENT", "BlockLayout", "TensorSpec", "dtype_named", "resolved_tensors"]
+from dllava_export.precision import numpy_dtype
+
+__all__ = ["ALIGNMENT", "BlockLayout", "TensorSpec", "resolved_tensors"]
 
 ALIGNMENT = 256
 """Bytes; of every address that TensorRT is given."""
@@ -88,17 +90,8 @@ def resolved_tensors(
     """
     return {
         entry["name"]: TensorSpec(
-            dtype_named(entry["dtype"]),
+            numpy_dtype(entry["dtype"]),
             tuple(dims[size] if isinstance(size, str) else size for size in entry["shape"]),
         )
         for entry in entries
     }
-
-
-def dtype_named(name: str) -> np.dtype:
-    """Return NumPy's type of a name as the manifest spells it, `bfloat16` among them."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)

@@ -13,15 +13,19 @@ from dllava_export.backends.trt.memory_layout import ALIGNMENT, BlockLayout, Ten
 KEY, VALUE = names.past(0, "key"), names.past(0, "value")
 INPUTS = [
     {"name": name, "dtype": "int64", "shape": ["batch"]}
-    for name in (names.KEPT_LENGTHS, names.WRITE_INDEX_FULL, names.WRITE_INDEX_SPARSE)
+    for name in (
+        names.KEPT_LENGTHS,
+        names.write_index(names.FULL),
+        names.write_index(names.SPARSE),
+    )
 ]
 OUTPUTS = [
     {"name": name, "dtype": "int64", "shape": ["batch"]}
     for name in (
         names.KEEP,
-        names.NEXT_WRITE_INDEX_SPARSE,
+        names.next_write_index(names.SPARSE),
         names.LOGITS,
-        names.NEXT_WRITE_INDEX_FULL,
+        names.next_write_index(names.FULL),
     )
 ]
 
@@ -114,15 +118,15 @@ def stored(memory, addresses, batch):
 
 def feeds(full, sparse):
     return {
-        names.WRITE_INDEX_FULL: np.array(full),
-        names.WRITE_INDEX_SPARSE: np.array(sparse),
+        names.write_index(names.FULL): np.array(full),
+        names.write_index(names.SPARSE): np.array(sparse),
     }
 
 
 def test_write_indices_are_uploaded(memory):
     indices = WriteIndices(INPUTS, 4, memory)
     addresses = indices.addresses(2)
-    assert list(addresses) == [names.WRITE_INDEX_FULL, names.WRITE_INDEX_SPARSE]
+    assert list(addresses) == [names.write_index(names.FULL), names.write_index(names.SPARSE)]
     indices.upload(feeds([7, 8], [3, 4]))
     assert stored(memory, addresses, 2) == [[7, 8], [3, 4]]
 
@@ -135,12 +139,12 @@ def run_step(memory, indices, batch):
     )
     block = memory.allocate(layout.num_bytes, "outputs")
     outputs = {entry["name"]: np.zeros(batch, np.int64) for entry in OUTPUTS}
-    outputs[names.NEXT_WRITE_INDEX_FULL] += 9
-    outputs[names.NEXT_WRITE_INDEX_SPARSE] += 5
+    outputs[names.next_write_index(names.FULL)] += 9
+    outputs[names.next_write_index(names.SPARSE)] += 5
     addresses = layout.addresses(block.address)
     for name, values in outputs.items():
         write(addresses[name], values)
-    indices.queue_update(addresses[names.NEXT_WRITE_INDEX_FULL], batch)
+    indices.queue_update(addresses[names.next_write_index(names.FULL)], batch)
     indices.remember(outputs)
 
 
@@ -186,7 +190,7 @@ def test_after_another_batch_nothing_is_taken_for_granted(memory):
 
 def test_a_dense_decoder_has_one_write_index(memory):
     indices = WriteIndices(INPUTS[:2], 4, memory)
-    assert indices.names == (names.WRITE_INDEX_FULL,)
+    assert indices.names == (names.write_index(names.FULL),)
     addresses = indices.addresses(1)
-    indices.upload({names.WRITE_INDEX_FULL: np.array([3])})
+    indices.upload({names.write_index(names.FULL): np.array([3])})
     assert stored(memory, addresses, 1) == [[3]]

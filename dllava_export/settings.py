@@ -1,0 +1,43 @@
+"""Settings given by keyword: checked against the dataclass that documents them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from dllava_export.errors import SettingError
+from dllava_export.registries import close_match
+
+__all__ = ["settings_from"]
+
+T = TypeVar("T")
+
+
+def settings_from(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Return an instance of a dataclass of settings.
+
+    Args:
+        kind: The dataclass; it checks what its fields hold.
+        values: Field name → value.
+
+    Raises:
+        SettingError: If a name is no field, or a field without default is missing.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise SettingError(
+                f"There is no setting {name!r}; there are {', '.join(fields) or 'none'}."
+                f"{close_match(name, tuple(fields))}"
+            )
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise SettingError(f"{' and '.join(missing)} must be given; there is no default.")
+    return kind(**values)
