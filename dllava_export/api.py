@@ -6,10 +6,10 @@ are fields of the dataclass that its documentation names.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from dllava_export.extras import missing_packages_explained
@@ -43,7 +43,7 @@ __all__ = [
 
 P = ParamSpec("P")
 R = TypeVar("R")
-StrPath = str | os.PathLike[str]
+StrPath = str | Path
 
 
 def _public(function: Callable[P, R]) -> Callable[P, R]:
@@ -128,7 +128,7 @@ def export(
     else:
         read = random_checkpoint if random_weights else read_checkpoint
         with stage("reading headers"):
-            source = read(os.fspath(checkpoint), num_decoder_layers=num_decoder_layers)
+            source = read(checkpoint, num_decoder_layers=num_decoder_layers)
     return export_checkpoint(
         source, out, options, precision=precision, link=link, progress=progress
     )
@@ -222,7 +222,12 @@ def load(
 
 @_public
 def build(
-    bundle: StrPath, backend: str, *, dry_run: bool = False, progress: bool = False, **settings: Any
+    bundle: StrPath,
+    backend: str,
+    *,
+    dry_run: bool = False,
+    progress: bool = False,
+    **settings: Any,
 ) -> Any:
     """Build engines of a bundle's graphs, beside them.
 
@@ -243,8 +248,6 @@ def build(
         BundleError: If the bundle is incomplete or changed.
         SettingError: If settings do not fit the model or each other.
     """
-    from pathlib import Path
-
     from dllava_export.backends.registry import BACKENDS
 
     return BACKENDS.get(backend).build(
@@ -314,7 +317,7 @@ def evaluate(
     from dllava_export.evaluation.evaluate import evaluate_bundles
     from dllava_export.evaluation.settings import EvaluationSettings
 
-    folders = [bundles] if isinstance(bundles, str | os.PathLike) else bundles
+    folders = [bundles] if isinstance(bundles, str | Path) else bundles
     chosen = settings_from(EvaluationSettings, settings)
     return evaluate_bundles(
         folders, data, chosen, image_folder=image_folder, progress=progress
@@ -322,7 +325,11 @@ def evaluate(
 
 
 def inspect(
-    bundle: StrPath, *, prompt_len: int = 64, output_len: int = 256, image_tokens: int | None = None
+    bundle: StrPath,
+    *,
+    prompt_len: int = 64,
+    output_len: int = 256,
+    image_tokens: int | None = None,
 ) -> InspectionReport:
     """Say what a bundle is, and what sparsification saves by formula.
 
@@ -342,7 +349,10 @@ def inspect(
     from dllava_export.cost.inspection import inspect_bundle
 
     return inspect_bundle(
-        bundle, prompt_text_len=prompt_len, output_len=output_len, num_image_tokens=image_tokens
+        bundle,
+        prompt_text_len=prompt_len,
+        output_len=output_len,
+        num_image_tokens=image_tokens,
     )
 
 

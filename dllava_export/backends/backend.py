@@ -77,6 +77,13 @@ class StepOutputs:
             num_rows=values.get(names.NUM_ROWS),
         )
 
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Return what there is by the names of the decoder's outputs."""
+        found = {name: value for name, value in vars(self).items() if value is not None}
+        for group, index in found.pop("next_write_indices").items():
+            found[names.next_write_index(group)] = index
+        return found
+
 
 class Backend(abc.ABC):
     """A bundle opened in some runtime. One caller at a time.
@@ -119,6 +126,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a layer's key and value buffers, [batch, num_kv_heads, capacity, head_dim]."""
+
+    @abc.abstractmethod
+    def set_cache(self, layer: int, key: np.ndarray, value: np.ndarray) -> None:
+        """Write the first rows of a layer's buffers, [batch, num_kv_heads, rows, head_dim]."""
 
     @abc.abstractmethod
     def close(self) -> None:

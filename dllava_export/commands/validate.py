@@ -88,6 +88,13 @@ _TOLERANCE = click.FloatRange(min=0)
     callback=check_folder,
     help="Draw errors over layers and steps into this file (.png, .svg, .pdf).",
 )
+@click.option(
+    "--save-inputs",
+    type=click.Path(file_okay=False, path_type=Path),
+    callback=check_folder,
+    help="Write what is fed to each graph to this new folder first, for `polygraphy run "
+    "--load-inputs`.",
+)
 @click.pass_context
 def validate(
     ctx: click.Context,
@@ -96,6 +103,7 @@ def validate(
     prompt: str | None,
     json_file: Path | None,
     plot: Path | None,
+    save_inputs: Path | None,
     **settings: Any,
 ) -> None:
     r"""Compare what BUNDLE computes with what it should; exit code 1 if it does not.
@@ -122,12 +130,14 @@ def validate(
         raise click.UsageError("--against torch and --checkpoint go together.")
     if plot is not None:
         check_plot_format(plot)
-    report = validate_bundle(
-        bundle,
-        ValidationSettings(**settings, backend_options=given_backend_options()),
-        image=image,
-        prompt=prompt,
-    )
+    chosen = ValidationSettings(**settings, backend_options=given_backend_options())
+    if save_inputs is not None:
+        from dllava_export.validation.graph_inputs import save_graph_inputs
+
+        # Before the comparison: they are wanted most where that one fails.
+        saved = save_graph_inputs(bundle, save_inputs, chosen, image=image, prompt=prompt)
+        click.echo(f"{saved.to_text()}\n")
+    report = validate_bundle(bundle, chosen, image=image, prompt=prompt)
     click.echo(report.to_text())
     if json_file is not None:
         write_text(json_file, json.dumps(report.to_json(), indent=2) + "\n")

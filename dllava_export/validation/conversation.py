@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dllava_export.backends.registry import BACKENDS
+from dllava_export.bundles import layout
 from dllava_export.errors import InvalidInputError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.runtime.loading import check_image_choice, load
 
 if TYPE_CHECKING:
     from dllava_export.bundles.manifest import Manifest
     from dllava_export.runtime.session import Session
+    from dllava_export.validation.settings import ValidationSettings
 
 
 __all__ = [
@@ -22,6 +27,8 @@ __all__ = [
     "PIXEL_VALUES",
     "Conversation",
     "conversation_about",
+    "conversation_for",
+    "load_candidate",
     "random_conversation",
 ]
 
@@ -62,6 +69,52 @@ class Conversation:
         if self.image_features is not None:
             values[IMAGE_FEATURES] = self.image_features
         return values
+
+
+def conversation_for(
+    folder: Path,
+    manifest: Manifest,
+    settings: ValidationSettings,
+    *,
+    image: str | None,
+    prompt: str | None,
+) -> Conversation:
+    """Return what a validation feeds a bundle; the same arguments give the same values.
+
+    Args:
+        folder: The bundle.
+        manifest: Its manifest.
+        settings: Number of steps and seed; what runs the bundle, to answer a prompt.
+        image: A picture for `prompt`, or `none` for a text-only one.
+        prompt: The question; None draws random pixels and tokens.
+
+    Raises:
+        BackendError: If the bundle cannot be run, where there is a prompt.
+        InvalidInputError: If there is an image without a prompt, or they do not fit the bundle.
+    """
+    steps = settings.num_steps
+    if prompt is None:
+        if image is not None:
+            raise InvalidInputError(
+                f"An image ({image}) was given without a prompt. Give both, or neither for "
+                "random values."
+            )
+        size = _image_size(manifest) if manifest.has_visual else None
+        return random_conversation(manifest, size, num_steps=steps, seed=settings.seed)
+    session = load_candidate(folder, settings)
+    picture = check_image_choice(manifest, image)
+    return conversation_about(session, picture, prompt, num_steps=steps)
+
+
+def load_candidate(folder: Path, settings: ValidationSettings) -> Session:
+    """Open the bundle in the backend that is validated; its digests were checked before."""
+    options = dict(settings.backend_options)
+    known = {
+        field.name for field in dataclasses.fields(BACKENDS.get(settings.backend).options)
+    }
+    if settings.num_threads is not None and "num_threads" in known:
+        options["num_threads"] = settings.num_threads
+    return load(folder, settings.backend, verify=False, **options)
 
 
 def random_conversation(
@@ -126,3 +179,8 @@ def conversation_about(
     return Conversation(
         ids, np.array(tokens, np.int64), pixels, None, f"{what}, {prompt!r}, greedy answer"
     )
+
+
+def _image_size(manifest: Manifest) -> int:
+    (pixels,) = manifest.tensors[f"{layout.VISUAL_FOLDER}/{layout.VISUAL}"]["inputs"]
+    return int(pixels["shape"][-1])

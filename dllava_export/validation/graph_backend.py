@@ -116,6 +116,11 @@ class GraphBackend(Backend):
         """Return a layer's key and value buffers, [batch, num_kv_heads, capacity, head_dim]."""
         return self._caches[names.past(layer, "key")], self._caches[names.past(layer, "value")]
 
+    def set_cache(self, layer: int, key: np.ndarray, value: np.ndarray) -> None:
+        """Write the first rows of a layer's buffers, [batch, num_kv_heads, rows, head_dim]."""
+        for cache, rows in zip(self.cache(layer), (key, value), strict=True):
+            cache[:, :, : rows.shape[2]] = rows
+
     def close(self) -> None:
         """Let sessions and caches go."""
         self._caches, self.inner = {}, {}

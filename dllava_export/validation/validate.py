@@ -11,20 +11,17 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllava_export.backends.registry import BACKENDS
-from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import read_manifest
-from dllava_export.errors import BackendError, InvalidInputError
+from dllava_export.errors import BackendError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.precision import BF16
-from dllava_export.runtime.loading import check_image_choice, load
 from dllava_export.runtime.session import Session
 from dllava_export.sparsity import Sparsity
 from dllava_export.validation.comparison import CompareConversations, Shape
 from dllava_export.validation.conversation import (
     Conversation,
-    conversation_about,
-    random_conversation,
+    conversation_for,
+    load_candidate,
 )
 from dllava_export.validation.graph_backend import GraphBackend, bundle_graphs, dense_graphs
 from dllava_export.validation.report import ValidationReport
@@ -66,7 +63,7 @@ def validate(
 
     folder = Path(folder)
     manifest = read_manifest(folder)
-    conversation = _conversation(folder, manifest, settings, image, prompt)
+    conversation = conversation_for(folder, manifest, settings, image=image, prompt=prompt)
     candidate = _candidate(folder, manifest, settings, conversation)
     reference = _reference(folder, manifest, settings, conversation)
     tolerances = tolerances_for(settings, manifest)
@@ -93,32 +90,6 @@ def validate(
     )
 
 
-def _conversation(
-    folder: Path,
-    manifest: Manifest,
-    settings: ValidationSettings,
-    image: str | None,
-    prompt: str | None,
-) -> Conversation:
-    steps = settings.num_steps
-    if prompt is None:
-        if image is not None:
-            raise InvalidInputError(
-                f"An image ({image}) was given without a prompt. Give both, or neither for "
-                "random values."
-            )
-        size = _image_size(folder, manifest) if manifest.has_visual else None
-        return random_conversation(manifest, size, num_steps=steps, seed=settings.seed)
-    session = _load(folder, settings)
-    picture = check_image_choice(manifest, image)
-    return conversation_about(session, picture, prompt, num_steps=steps)
-
-
-def _image_size(folder: Path, manifest: Manifest) -> int:
-    (pixels,) = manifest.tensors[f"{layout.VISUAL_FOLDER}/{layout.VISUAL}"]["inputs"]
-    return int(pixels["shape"][-1])
-
-
 def _candidate(
     folder: Path, manifest: Manifest, settings: ValidationSettings, conversation: Conversation
 ) -> SessionRunner:
@@ -137,24 +108,9 @@ def _candidate(
         return SessionRunner(f"{name} (every layer put out)", feed, opener, layers=True)
 
     def open_session() -> tuple[Session, GraphBackend | None]:
-        return _load(folder, settings), None
+        return load_candidate(folder, settings), None
 
     return SessionRunner(name, feed, open_session, layers=settings.layers)
-
-
-def _load(folder: Path, settings: ValidationSettings) -> Session:
-    options = dict(settings.backend_options)
-    known = {
-        field.name for field in dataclasses.fields(BACKENDS.get(settings.backend).options)
-    }
-    if settings.num_threads is not None and "num_threads" in known:
-        options["num_threads"] = settings.num_threads
-    return load(
-        folder,
-        settings.backend,
-        verify=False,
-        **options,
-    )
 
 
 def _reference(

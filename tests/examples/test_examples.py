@@ -7,10 +7,15 @@ import pytest
 from places import ROOT
 
 EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/run.sh"))
-ARTIFACTS = {"01_export_and_run": {"out", "out.png"}, "digit_mosaic": {"out", "out.png"}}
+ARTIFACTS = {
+    "01_export_and_run": {"out", "out.png"},
+    "digit_mosaic": {"out", "out.png"},
+    "polygraphy": {"out", "out_inputs", "out_decode.json"},
+}
 PRINTED = {
     "01_export_and_run": ["7 of 36 image tokens"],
     "digit_mosaic": ["115 of 576 image tokens", "truth", "[right]", "Drew out.png"],
+    "polygraphy": ["Wrote inputs of every graph", "MATCH", "Pass Rate: 100.00%"],
 }
 
 

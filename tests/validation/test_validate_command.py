@@ -48,6 +48,18 @@ def test_a_mismatch_exits_with_1_and_writes_all_the_same(bundles, tmp_path):
     assert json.loads(numbers.read_text())["first_mismatch"] == "prefill/logits"
 
 
+def test_inputs_are_written_before_what_is_compared(bundles, tmp_path):
+    change = change_one_weight("model.layers.3.mlp.down_proj.weight")
+    path = plant(bundles.path("mha"), tmp_path / "planted", change)
+    arguments = ["--against", "torch", "--checkpoint", MHA]
+    result = invoke(path, *arguments, "--save-inputs", tmp_path / "inputs")
+    assert result.exit_code == 1
+    assert result.stdout.startswith("Wrote inputs of every graph (random values, seed 0):\n")
+    assert f"--load-inputs {tmp_path}/inputs/decoder_decode.json" in result.stdout
+    assert "decode step 2\n" in result.stdout
+    assert len(list((tmp_path / "inputs").iterdir())) == 5
+
+
 def test_tolerances_are_taken(bundles):
     arguments = ["--rtol", "0", "--atol", "0", "--check-error-stat", "max", "--margin", "0.5"]
     result = invoke(bundles.path("mha"), *arguments)
@@ -62,6 +74,7 @@ def test_tolerances_are_taken(bundles):
         (["--checkpoint", "x"], 2, "--against torch and --checkpoint go together"),
         (["--rtol", "-1"], 2, "-1.0 is not in the range x>=0"),
         (["--json", "missing/out.json"], 2, "folder 'missing' does not exist"),
+        (["--save-inputs", "missing/inputs"], 2, "folder 'missing' does not exist"),
         (["--plot", "out.bmp"], 1, "expected one of .png, .svg, .pdf"),
         ([], 1, "expected a bundle"),
     ],

@@ -126,7 +126,7 @@ class OrtBackend(Backend):
         old = self._caches
         self.allocate(plan)
         for name, cache in self._caches.items():
-            cache.keep_rows(old[name])
+            cache.write_rows(old[name].numpy())
 
     def run(self, inputs: StepInputs, *, sample: int | None = None) -> StepOutputs:
         """Feed rows on top of the caches, of all samples or of one.
@@ -157,6 +157,11 @@ class OrtBackend(Backend):
         """
         key, value = (self._caches[names.past(layer, part)] for part in ("key", "value"))
         return key.numpy(), value.numpy()
+
+    def set_cache(self, layer: int, key: np.ndarray, value: np.ndarray) -> None:
+        """Write the first rows of a layer's buffers, [batch, num_kv_heads, rows, head_dim]."""
+        for part, rows in (("key", key), ("value", value)):
+            self._caches[names.past(layer, part)].write_rows(rows)
 
     def _bound_decoder(self, inputs: StepInputs, sample: int | None) -> BoundRun:
         shapes = self._output_shapes(inputs)

@@ -64,11 +64,11 @@ class CacheBuffer:
         array = self._value if self.device == "cpu" else self._value.numpy()
         return array.view(self.dtype)
 
-    def keep_rows(self, old: CacheBuffer) -> None:
-        """Take over the rows of a buffer of another capacity, as many as fit."""
-        rows = min(self.shape[2], old.shape[2])
+    def write_rows(self, source: np.ndarray) -> None:
+        """Take over the rows of [batch, num_kv_heads, rows, head_dim], as many as fit."""
+        rows = min(self.shape[2], source.shape[2])
         values = self.numpy().view(f"uint{8 * self.dtype.itemsize}")
-        values[:, :, :rows] = old.numpy()[:, :, :rows].view(values.dtype)
+        values[:, :, :rows] = source[:, :, :rows].view(values.dtype)
         if self.device != "cpu":
             self._move(values)
 

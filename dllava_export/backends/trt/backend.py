@@ -137,6 +137,11 @@ class TrtBackend(Backend):
         key, value = (names.past(layer, part) for part in ("key", "value"))
         return self._decoder.cache(key, batch), self._decoder.cache(value, batch)
 
+    def set_cache(self, layer: int, key: np.ndarray, value: np.ndarray) -> None:
+        """Write the first rows of a layer's buffers, [batch, num_kv_heads, rows, head_dim]."""
+        self._decoder.set_cache(names.past(layer, "key"), key)
+        self._decoder.set_cache(names.past(layer, "value"), value)
+
     def _engine(self, name: str) -> StagedEngine:
         """Load the visual or the recompute engine when it is first needed."""
         if name not in self._engines:

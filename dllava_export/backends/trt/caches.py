@@ -69,6 +69,14 @@ class DeviceCaches:
         shape = (batch, *spec.shape[1:])
         return self._device.read(self._buffers[name].address, shape, spec.dtype)
 
+    def write(self, name: str, rows: np.ndarray) -> None:
+        """Write the first rows of a cache, [batch, num_kv_heads, rows, head_dim]; zeros follow."""
+        spec = self._specs[name]
+        values = np.zeros((len(rows), *spec.shape[1:]), spec.dtype)
+        values[:, :, : rows.shape[2]] = rows
+        self._device.copy(self._buffers[name].address, values.ctypes.data, values.nbytes)
+        self._device.synchronize()
+
 
 class WriteIndices:
     """The write index of each cache group, on the GPU from one decode step to the next.

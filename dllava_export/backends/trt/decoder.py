@@ -100,6 +100,10 @@ class TrtDecoder:
         """Return a copy of a cache, [batch, num_kv_heads, capacity, head_dim]."""
         return self._caches.read(name, batch)
 
+    def set_cache(self, name: str, rows: np.ndarray) -> None:
+        """Write the first rows of a cache, [batch, num_kv_heads, rows, head_dim]."""
+        self._caches.write(name, rows)
+
     def _dims(self, batch: int, rows: int, num_kept: int) -> dict[str, int]:
         return {
             names.BATCH: batch,

@@ -66,7 +66,7 @@ def test_a_buffer_takes_over_the_rows_that_fit(capacity):
     old = CacheBuffer((2, 1, 5, 1), FLOAT32, "cpu")
     old.numpy()[...] = np.arange(10).reshape(2, 1, 5, 1)
     new = CacheBuffer((2, 1, capacity, 1), FLOAT32, "cpu")
-    new.keep_rows(old)
+    new.write_rows(old.numpy())
     kept = min(capacity, 5)
     assert np.array_equal(new.numpy()[:, :, :kept], old.numpy()[:, :, :kept])
     assert (new.numpy()[:, :, kept:] == 0).all()

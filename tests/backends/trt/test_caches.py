@@ -85,6 +85,17 @@ def test_past_and_present_share_one_buffer(memory):
     assert np.array_equal(caches.read(VALUE, 2), -values[:2])
 
 
+def test_rows_are_written_to_the_first_samples(memory):
+    caches, values = make_caches(memory, capacity=4)
+    rows = np.full((2, 2, 3, 16), 7, np.float32)
+    caches.write(KEY, rows)
+    found = caches.read(KEY, 3)
+    assert np.array_equal(found[:2, :, :3], rows)
+    assert (found[:2, :, 3:] == 0).all()
+    assert np.array_equal(found[2], values[2])
+    assert np.array_equal(caches.read(VALUE, 3), -values)
+
+
 @pytest.mark.parametrize(
     ("capacity", "num_copies"),
     [pytest.param(4, 0, id="in place"), pytest.param(5, 4, id="copied out and back")],

@@ -20,22 +20,40 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dllava_export.bundles.manifest import read_manifest
-from dllava_export.reporting.byte_sizes import format_bytes
 from dllava_export.backends.trt.build.build_options import BuildOptions
-from dllava_export.backends.trt.build.build_plan import BuildPlan, EnginePlan, load_structure, plan_build
+from dllava_export.backends.trt.build.build_plan import (
+    BuildPlan,
+    EnginePlan,
+    load_structure,
+    plan_build,
+)
 from dllava_export.backends.trt.build.build_progress import progress_monitor
 from dllava_export.backends.trt.build.build_report import BuildReport
 from dllava_export.backends.trt.build.builder_settings import BuilderSettings
-from dllava_export.backends.trt.engine_config import ENGINES_FOLDER, RECOMPUTE_ENGINE, EngineConfig, EngineFile, ProfileShapes, bundle_digest, engine_folder, write_engine_config
 from dllava_export.backends.trt.build.machine_memory import available_bytes
 from dllava_export.backends.trt.build.node_places import NodePlaces
-from dllava_export.backends.trt.build.onnx_to_network import build_failure, custom_ops, lowered_model, network_from_onnx
+from dllava_export.backends.trt.build.onnx_to_network import (
+    build_failure,
+    custom_ops,
+    lowered_model,
+    network_from_onnx,
+)
+from dllava_export.backends.trt.engine_config import (
+    ENGINES_FOLDER,
+    RECOMPUTE_ENGINE,
+    EngineConfig,
+    EngineFile,
+    ProfileShapes,
+    bundle_digest,
+    engine_folder,
+    write_engine_config,
+)
 from dllava_export.backends.trt.trt_module import TENSORRT, trt_logger, trt_module
-from dllava_export.errors import BackendError, BundleError, EngineBuildError
 from dllava_export.bundles.files import tool_versions
+from dllava_export.bundles.manifest import read_manifest
+from dllava_export.errors import BackendError, BundleError, EngineBuildError
+from dllava_export.reporting.byte_sizes import format_bytes
 from dllava_export.reporting.resources import stage
-
 
 __all__ = ["build_engines"]
 
@@ -155,9 +173,7 @@ class _Build:
         path = self._folder / engine.graph
         model = load_structure(path)
         places = NodePlaces(model, engine.name)
-        lowered = lowered_model(
-            model, self._plan.kv.capacities, self._plugin_ops
-        )
+        lowered = lowered_model(model, self._plan.kv.capacities, self._plugin_ops)
         self._note_plugins(custom_ops(model))
         network = network_from_onnx(self._trt, self._builder, self._log, lowered, path, places)
         config = self._builder.create_builder_config()

@@ -9,7 +9,6 @@ from pathlib import Path
 from dllava_export.backends.trt.build.profile_shapes import ShapeOverrides
 from dllava_export.backends.trt.trt_module import TENSORRT_BACKENDS, TENSORRT_RTX
 
-
 __all__ = ["MAX_OPTIMIZATION_LEVEL", "BuildOptions"]
 
 MAX_OPTIMIZATION_LEVEL = 5

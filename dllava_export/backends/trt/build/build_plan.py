@@ -7,16 +7,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllava_export.bundles import layout
-from dllava_export.bundles.manifest import Manifest
 from dllava_export import names
-from dllava_export.reporting.byte_sizes import format_bytes
-from dllava_export.backends.trt.build.build_options import BuildOptions
-from dllava_export.backends.trt.engine_config import DECODE, DECODER_ENGINE, PREFILL, RECOMPUTE_ENGINE, VISUAL_ENGINE, ProfileShapes
-from dllava_export.backends.trt.build.profile_shapes import Bounds, ProfileSizes, profile_shapes
-from dllava_export.errors import BundleError
-from dllava_export.bundles.graph_memory import weight_bytes
 from dllava_export.backends.kv_plan import SPARE_ROWS, KVPlan, plan_kv_cache
+from dllava_export.backends.trt.build.build_options import BuildOptions
+from dllava_export.backends.trt.build.profile_shapes import (
+    Bounds,
+    ProfileSizes,
+    profile_shapes,
+)
+from dllava_export.backends.trt.engine_config import (
+    DECODE,
+    DECODER_ENGINE,
+    PREFILL,
+    RECOMPUTE_ENGINE,
+    VISUAL_ENGINE,
+    ProfileShapes,
+)
+from dllava_export.bundles import layout
+from dllava_export.bundles.graph_memory import weight_bytes
+from dllava_export.bundles.manifest import Manifest
+from dllava_export.errors import BundleError
+from dllava_export.reporting.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
     import onnx
@@ -195,9 +206,7 @@ def _num_kept(manifest: Manifest, num_rows: int) -> int:
     return num_rows - num_images + manifest.sparsity.num_kept_image_tokens(num_images)
 
 
-def _plan_caches(
-    manifest: Manifest, batch: int, max_input_len: int, capacity: int
-) -> KVPlan:
+def _plan_caches(manifest: Manifest, batch: int, max_input_len: int, capacity: int) -> KVPlan:
     return plan_kv_cache(
         manifest.geometry,
         manifest.sparsity,

@@ -6,7 +6,6 @@ import threading
 from types import ModuleType
 from typing import Any
 
-
 __all__ = ["progress_monitor"]
 
 

@@ -6,9 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dllava_export.reporting.byte_sizes import format_bytes
 from dllava_export.backends.trt.engine_config import EngineConfig
-
+from dllava_export.reporting.byte_sizes import format_bytes
 
 __all__ = ["BuildReport"]
 

@@ -11,7 +11,6 @@ from dllava_export.backends.trt.engine_config import engine_folder
 from dllava_export.backends.trt.trt_module import TENSORRT_RTX, target_compute_capabilities
 from dllava_export.errors import BackendError
 
-
 __all__ = ["TIMING_CACHE_FILE", "BuilderSettings"]
 
 TIMING_CACHE_FILE = "timing.cache"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
 __all__ = ["available_bytes"]
 
 _MEMINFO = Path("/proc/meminfo")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dllava_export import names
 from dllava_export.backends.trt.build.node_places import NodePlaces
 from dllava_export.errors import EngineBuildError
-from dllava_export.passes.graph_io import graph_from_model, model_from_graph
 from dllava_export.passes.base import run_passes
+from dllava_export.passes.graph_io import graph_from_model, model_from_graph
 from dllava_export.pipeline import tensorrt_passes
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from typing import Any
 from dllava_export import names
 from dllava_export.backends.trt.engine_config import ProfileShapes
 
-
 __all__ = ["ProfileSizes", "ShapeOverrides", "parse_shapes", "profile_shapes"]
 
 Bounds = tuple[int, int, int]
