@@ -43,6 +43,10 @@ IMAGE_FEATURES = "image_features"  # [num_images, num_image_tokens, hidden_size]
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_PLACEHOLDER_ID = -200
 
+# Tensors of a checkpoint that are referred to by name; see `families.family`.
+TOKEN_EMBEDDING = "model.embed_tokens.weight"  # [vocab_size, hidden_size]
+LM_HEAD = "lm_head.weight"  # [vocab_size, hidden_size]; may be TOKEN_EMBEDDING itself
+
 # Symbolic dimensions.
 BATCH, ROWS, NUM_KEPT_DIM = "batch", "rows", "num_kept"
 

@@ -93,8 +93,11 @@ def traced_once(monkeypatch: pytest.MonkeyPatch, traced_graphs: dict[str, bytes]
 
     def remember(trace: Callable[..., onnx.ModelProto]) -> Callable[..., onnx.ModelProto]:
         def remembered(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
-            settings = [checkpoint.text_config.to_dict(), checkpoint.vision_config.to_dict()]
-            settings += [checkpoint.projector, checkpoint.vision_feature_layer]
+            settings = [
+                checkpoint.spec.text_config.to_dict(),
+                checkpoint.spec.vision_config.to_dict(),
+            ]
+            settings += [checkpoint.spec.projector, checkpoint.spec.feature_layer]
             key = f"{trace.__name__} {dtype} {settings}"
             if key not in traced_graphs:
                 traced_graphs[key] = trace(checkpoint, dtype).SerializeToString()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 from places import DATA
@@ -18,6 +19,7 @@ __all__ = [
     "GoldenCase",
     "Run",
     "feed",
+    "golden_shapes",
     "load_case",
     "unlowered_feeds",
 ]
@@ -123,6 +125,12 @@ class Run:
     def cache_lengths(self) -> np.ndarray:
         """[T, layers, batch]."""
         return np.stack([step.cache_lengths for step in self.steps])
+
+
+def golden_shapes(checkpoint: str) -> dict[str, tuple[int, ...]]:
+    """Return canonical name → shape of a golden checkpoint's tensors, written by hand once."""
+    values = json.loads((DATA / checkpoint / "shapes.json").read_text(encoding="utf-8"))
+    return {name: tuple(shape) for name, shape in values.items()}
 
 
 def feed(session: Session, input_ids, tokens, **prefill) -> Run:

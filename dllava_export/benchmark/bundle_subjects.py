@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dllava_export import names
 from dllava_export.backends.kv_plan import bytes_per_row
 from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.benchmark.bundle_session import open_bundle
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import read_manifest
+from dllava_export.errors import BundleError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.precision import Precision
 from dllava_export.runtime.loading import load
@@ -156,16 +158,16 @@ class TorchSubject(BundleSubject):
 
 def _load_torch(folder: Path) -> Any:
     """Load the bundle's weights into transformers' LLaMA, mapped from the bundle's files."""
-    import json
-
     import onnx
     import torch
     from transformers import LlamaForCausalLM
 
-    from dllava_export.families.llama_decoder import text_config
+    from dllava_export.bundles.embedding import EmbeddingTable
+    from dllava_export.families.config_file import read_json
+    from dllava_export.families.llava import text_config
 
     llm = folder / layout.LLM_FOLDER
-    config_json = json.loads((llm / "config.json").read_text(encoding="utf-8"))
+    config_json = read_json(llm / "config.json", "the decoder of a bundle", BundleError)
     manifest = read_manifest(folder, verify=False)
     assert manifest.layout != "onnx"
     config = text_config(config_json, manifest.layout, manifest.geometry.num_layers)
@@ -175,12 +177,10 @@ def _load_torch(folder: Path) -> Any:
     for tensor in dense.graph.initializer:
         if tensor.name.endswith((".weight", ".bias")):
             state[tensor.name] = torch.from_numpy(_values(tensor, llm).copy())
-    from dllava_export.bundles.embedding import EmbeddingTable
-
     assert manifest.embedding is not None
     table = EmbeddingTable(llm, manifest.embedding).rows
-    state["model.embed_tokens.weight"] = torch.from_numpy(np.array(table))
-    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # where tied
+    state[names.TOKEN_EMBEDDING] = torch.from_numpy(np.array(table))
+    state.setdefault(names.LM_HEAD, state[names.TOKEN_EMBEDDING])  # where tied
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.load_state_dict(state, assign=True, strict=True)

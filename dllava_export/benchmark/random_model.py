@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dllava_export import names
 from dllava_export.benchmark.geometries import SuiteGeometry, SuiteSettings
 from dllava_export.reporting import resources
 
@@ -109,7 +110,7 @@ def make_random_model(
         predictor = _write_calibrated_predictor(model, checkpoint, folder / "predictor")
     stored = read_tensors(model.llama)
     if geometry.ties_embeddings:
-        stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
+        stored[names.LM_HEAD] = stored[names.TOKEN_EMBEDDING]
     tensors = checkpoint.tensors | stored | read_tensors(predictor)
     export(dataclasses.replace(checkpoint, tensors=tensors), model.bundle)
     model.scratch.mkdir()
@@ -171,7 +172,7 @@ def _write_llama(model: RandomModel, checkpoint: Checkpoint) -> None:
         name: (source, float32)
         for name, source in checkpoint.tensors.items()
         if name.startswith("model.")
-        or (name == "lm_head.weight" and not model.geometry.ties_embeddings)
+        or (name == names.LM_HEAD and not model.geometry.ties_embeddings)
     }
     write_safetensors(model.weights, tensors)
 
@@ -195,10 +196,10 @@ def _write_calibrated_predictor(
     import torch
     from safetensors.torch import save_file
 
-    from dllava_export.families.predictor_modules import OutputTextPredictor, init_predictor
+    from dllava_export.families.predictors import OutputTextPredictor, init_predictor
 
-    assert checkpoint.sparse_config is not None  # `_checkpoint_config` has one
-    predictor = OutputTextPredictor(model.geometry.hidden_size, checkpoint.sparse_config)
+    assert checkpoint.spec.predictors is not None  # `_checkpoint_config` has one
+    predictor = OutputTextPredictor(model.geometry.hidden_size, checkpoint.spec.predictors)
     init_predictor(predictor, torch.Generator().manual_seed(0))
     bias = predictor.get_parameter(_LAST_BIAS)
     with torch.inference_mode():

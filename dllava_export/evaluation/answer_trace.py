@@ -16,7 +16,7 @@ from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import Manifest
 from dllava_export.errors import InvalidInputError
-from dllava_export.families.positions import positions_of
+from dllava_export.families.registry import positions_of
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.runtime.generation import CachedRun, GenerationLoop, GenerationSettings
 from dllava_export.runtime.results import DecodeResult, Generation, Piece, PrefillResult

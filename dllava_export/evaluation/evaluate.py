@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import Manifest, read_manifest
-from dllava_export.errors import InvalidInputError
+from dllava_export.errors import BundleError, InvalidInputError
 from dllava_export.evaluation.questions import (
     REMEDY,
     EvaluationError,
@@ -28,6 +27,7 @@ from dllava_export.evaluation.questions import (
 )
 from dllava_export.evaluation.report import Answer, BundleResult, EvaluationReport, KVUse
 from dllava_export.evaluation.settings import EvaluationSettings
+from dllava_export.families.config_file import read_json
 from dllava_export.prompts.images import ImageProcessor, read_image
 from dllava_export.prompts.tokenizer import ChatTokenizer
 
@@ -131,7 +131,8 @@ class _Reader:
         if manifest.has_visual:
             config = path / layout.VISUAL_FOLDER / "preprocessor_config.json"
             processor = ImageProcessor.from_config(
-                json.loads(config.read_text(encoding="utf-8")), manifest.image_aspect_ratio
+                read_json(config, "the visual part of a bundle", BundleError),
+                manifest.image_aspect_ratio,
             )
         return cls(path, manifest, tokenizer, processor)
 

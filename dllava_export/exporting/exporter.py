@@ -7,8 +7,9 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from dllava_export import names
 from dllava_export.bundles import layout
 from dllava_export.bundles.files import (
     bytes_of_new_files,
@@ -20,7 +21,7 @@ from dllava_export.bundles.manifest import Manifest, new_bundle, write_manifest
 from dllava_export.exporting.options import SparsityOptions, complete_sparsity
 from dllava_export.exporting.report import ExportReport
 from dllava_export.exporting.transform import transform_decoder
-from dllava_export.geometry import Geometry, PredictorGeometry
+from dllava_export.families.family import ChatTemplate
 from dllava_export.precision import BF16, FP16, Precision
 from dllava_export.reporting import resources
 from dllava_export.reporting.stages import show_stages
@@ -52,10 +53,10 @@ def resolve_sparsity(
     """
     return complete_sparsity(
         options,
-        checkpoint.sparse_config,
+        checkpoint.spec.predictors,
         num_layers=num_layers,
-        num_image_tokens=checkpoint.num_image_tokens,
-        source=f"{checkpoint.path} is a {checkpoint.layout} checkpoint",
+        num_image_tokens=checkpoint.spec.num_image_tokens,
+        source=f"{checkpoint.path} is a {checkpoint.spec.layout} checkpoint",
         remedy="Use a Dynamic-LLaVA checkpoint",
     )
 
@@ -89,10 +90,11 @@ def export(
         from dllava_export.exporting.weights import attach_weights, write_embedding
 
     start = time.perf_counter()
+    spec = checkpoint.spec
     sparsity = resolve_sparsity(
         options or SparsityOptions(),
         checkpoint,
-        num_layers=checkpoint.text_config.num_hidden_layers,
+        num_layers=spec.num_layers,
     )
     stored = checkpoint.weight_format
     chosen = Precision.of(precision or (FP16 if stored == BF16 else stored).name)
@@ -124,7 +126,7 @@ def export(
             )
             embedding = write_embedding(
                 llm,
-                checkpoint.tensors["model.embed_tokens.weight"],
+                checkpoint.tensors[names.TOKEN_EMBEDDING],
                 chosen.weights.numpy,
                 link=link,
             )
@@ -134,14 +136,14 @@ def export(
         _write_json(visual / "preprocessor_config.json", checkpoint.preprocessor)
         template, eos, warnings = _copy_tokenizer(checkpoint, llm)
         manifest = Manifest(
-            family="llava",
-            layout=checkpoint.layout,
+            family=checkpoint.family.name,
+            layout=spec.layout,
             precision=chosen,
-            geometry=_geometry(checkpoint),
-            max_position_embeddings=checkpoint.text_config.max_position_embeddings,
+            geometry=spec.geometry,
+            max_position_embeddings=spec.max_position_embeddings,
             sparsity=sparsity,
-            image_token_id=checkpoint.image_token_id,
-            image_aspect_ratio=checkpoint.image_aspect_ratio,
+            image_token_id=spec.image_token_id,
+            image_aspect_ratio=spec.image_aspect_ratio,
             has_visual=True,
             embedding=embedding,
             chat_template=template,
@@ -190,37 +192,15 @@ def predictor_weights(
     """Return predictors as the passes take them."""
     from dllava_export.passes.policies.weights import PredictorWeights
 
-    if predictors is None or checkpoint.sparse_config is None:
+    if predictors is None or checkpoint.spec.predictors is None:
         return None
     tensors = {tensor.name: tensor for tensor in predictors.graph.initializer}
-    return PredictorWeights(tensors, checkpoint.sparse_config.nhead)
-
-
-def _geometry(checkpoint: Checkpoint) -> Geometry:
-    config, trained = checkpoint.text_config, checkpoint.sparse_config
-    predictor = None
-    if trained is not None:
-        predictor = PredictorGeometry(
-            trained.d_model, trained.nhead, trained.dim_feedforward, trained.num_layers
-        )
-    assert config.num_key_value_heads is not None
-    assert config.head_dim is not None  # LlamaConfig fills both in
-    return Geometry(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        num_image_tokens=checkpoint.num_image_tokens,
-        predictor=predictor,
-    )
+    return PredictorWeights(tensors, checkpoint.spec.predictors.nhead)
 
 
 def _copy_tokenizer(
     checkpoint: Checkpoint, llm: Path
-) -> tuple[Literal["vicuna_v1", "checkpoint"] | None, tuple[int, ...], list[str]]:
+) -> tuple[ChatTemplate | None, tuple[int, ...], list[str]]:
     """Copy tokenizer and configuration; return (template, end-of-sequence ids, warnings)."""
     config = checkpoint.config
     _write_json(llm / "config.json", config)
@@ -235,7 +215,7 @@ def _copy_tokenizer(
             "(`run --input-ids`)."
         )
         return None, ids, [warning]
-    return "checkpoint" if checkpoint.layout == "llava-hf" else "vicuna_v1", ids, []
+    return checkpoint.spec.chat_template, ids, []
 
 
 def _write_json(path: Path, values: object) -> None:

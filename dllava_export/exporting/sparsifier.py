@@ -224,16 +224,16 @@ def _from_checkpoint(location: str | Path, llm: Path) -> _Predictors:
 
     checkpoint = read_checkpoint(location)
     model = predictor_model(checkpoint)
-    if model is None or checkpoint.sparse_config is None:
+    if model is None or checkpoint.spec.predictors is None:
         raise UnsupportedModelError(
-            f"{checkpoint.path} is a {checkpoint.layout} checkpoint without predictors. Name a "
+            f"{checkpoint.path} is a {checkpoint.spec.layout} checkpoint without predictors. Name a "
             "trained Dynamic-LLaVA checkpoint, or use a policy that needs no training: "
             f"{untrained_choices()}."
         )
     models = {layout.PREDICTORS: model}
     # Not linked: that would carry the whole checkpoint along.
     attach_weights(models, llm, checkpoint.tensors, data_name=_PREDICTOR_DATA, link=False)
-    return _Predictors(checkpoint.sparse_config, model)
+    return _Predictors(checkpoint.spec.predictors, model)
 
 
 def _check_width(

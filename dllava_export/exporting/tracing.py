@@ -1,4 +1,4 @@
-"""Trace transformers' modules to dense ONNX graphs, on the meta device: no weight is loaded.
+"""Trace a family's modules to dense ONNX graphs, on the meta device: no weight is loaded.
 
 Weights appear as initializers that name their tensor and hold no data; `weights.attach_weights`
 gives them a place on disk afterwards. So exporting 7B costs no more memory than its graph.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dllava_export import names
@@ -18,162 +18,69 @@ if TYPE_CHECKING:
     import onnx
     import torch
 
-    from dllava_export.checkpoints.checkpoint import Checkpoint, ProjectorConfig
+    from dllava_export.checkpoints.checkpoint import Checkpoint
+    from dllava_export.families.family import Traceable
 
 
-__all__ = ["projector_module", "quiet_exporter", "trace_decoder", "trace_visual"]
+__all__ = ["quiet_exporter", "trace", "trace_decoder", "trace_visual"]
 
 logger = logging.getLogger(__name__)
-
-_TOWER = "tower."
-"""Prefix of the tower in the traced module; canonical names have none."""
 
 
 def trace_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
     """Trace the dense decoder.
 
     Args:
-        checkpoint: Gives the decoder's configuration.
+        checkpoint: Of any family.
         dtype: Precision of weights and activations.
 
     Returns:
-        inputs_embeds [batch, rows, hidden_size], position_ids [batch, rows] int64 →
-        logits [batch, rows, vocab_size].
+        Inputs and output as of `ModelSpec.decoder`.
     """
-    import torch
-    from transformers import LlamaForCausalLM
-
-    class Decoder(torch.nn.Module):
-        """The layers one after another; causal by construction, so that no mask is traced."""
-
-        def __init__(self, language_model: LlamaForCausalLM) -> None:
-            super().__init__()
-            self.model = language_model.model
-            self.lm_head = language_model.lm_head
-
-        def forward(
-            self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor
-        ) -> torch.Tensor:
-            rotary = self.model.rotary_emb(inputs_embeds, position_ids)
-            hidden = inputs_embeds
-            for layer in self.model.layers:
-                hidden = layer(hidden, position_embeddings=rotary)
-            return self.lm_head(self.model.norm(hidden))
-
-    config = checkpoint.text_config
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        decoder = Decoder(LlamaForCausalLM(config)).to(dtype=dtype).eval()
-        example = (
-            torch.zeros(2, 7, config.hidden_size, dtype=dtype),
-            torch.zeros(2, 7, dtype=torch.long),
-        )
-    batch, rows = torch.export.Dim(names.BATCH), torch.export.Dim(names.ROWS)
-    buffers = {"model.rotary_emb.inv_freq": _inverse_frequencies(checkpoint)}
-    return _trace(
-        decoder,
-        example,
-        inputs=[names.INPUTS_EMBEDS, names.POSITION_IDS],
-        outputs=[names.LOGITS],
-        dynamic={
-            names.INPUTS_EMBEDS: {0: batch, 1: rows},
-            names.POSITION_IDS: {0: batch, 1: rows},
-        },
-        buffers=buffers,
-    )
+    return trace(checkpoint.spec.decoder(), dtype)
 
 
 def trace_visual(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
-    """Trace CLIP tower and projector.
+    """Trace what turns pictures into features; see `trace_decoder` and `ModelSpec.visual`."""
+    return trace(checkpoint.spec.visual(), dtype)
+
+
+def trace(traceable: Traceable, dtype: torch.dtype) -> onnx.ModelProto:
+    """Trace, then let ONNX Script's optimizer tidy up the graph without looking at weights.
+
+    Args:
+        traceable: What to trace; its module becomes one of `dtype`.
+        dtype: Precision of weights and activations.
 
     Returns:
-        pixel_values [batch, 3, image_size, image_size] → image_features [batch,
-        num_image_tokens, hidden_size], both of `dtype`.
+        A graph whose weights have their canonical names.
     """
-    import torch
-    from transformers import CLIPVisionModel
-
-    feature_layer = checkpoint.vision_feature_layer
-
-    class Visual(torch.nn.Module):
-        """Hidden states of one tower layer, class token dropped, projected."""
-
-        def __init__(self, tower: CLIPVisionModel, projector: torch.nn.Module) -> None:
-            super().__init__()
-            self.tower = tower
-            self.projector = projector
-
-        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            states = self.tower(pixel_values, output_hidden_states=True).hidden_states
-            return self.projector(states[feature_layer][:, 1:])
-
-    config = checkpoint.vision_config
-    config._attn_implementation = "sdpa"
-    size = config.image_size
-    assert isinstance(size, int)  # checked when the checkpoint was read
-    with torch.device("meta"):
-        visual = Visual(CLIPVisionModel(config), projector_module(checkpoint.projector))
-        visual = visual.to(dtype=dtype).eval()
-        example = (torch.zeros(2, config.num_channels, size, size, dtype=dtype),)
-    num_positions = checkpoint.num_image_tokens + 1
-    position_ids = torch.arange(num_positions).unsqueeze(0)
-    return _trace(
-        visual,
-        example,
-        inputs=[names.PIXEL_VALUES],
-        outputs=[names.IMAGE_FEATURES],
-        dynamic={names.PIXEL_VALUES: {0: torch.export.Dim(names.BATCH)}},
-        buffers={"position_ids": position_ids},
-    )
-
-
-def projector_module(config: ProjectorConfig) -> torch.nn.Sequential:
-    """Return Linear, (activation, Linear)...: as numbered in the original checkpoints."""
-    import torch
-    from transformers.activations import ACT2FN
-
-    out_features = config.out_features
-    layers = [torch.nn.Linear(config.in_features, out_features, bias=config.bias)]
-    for _ in range(1, config.num_layers):
-        layers += [
-            ACT2FN[config.hidden_act],
-            torch.nn.Linear(out_features, out_features, bias=config.bias),
-        ]
-    return torch.nn.Sequential(*layers)
-
-
-def _inverse_frequencies(checkpoint: Checkpoint) -> torch.Tensor:
-    """Return the rotary frequencies, which no checkpoint stores, [head_dim / 2] float32."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    return LlamaRotaryEmbedding(checkpoint.text_config).inv_freq.float()
-
-
-def _trace(
-    module: torch.nn.Module,
-    example: tuple[torch.Tensor, ...],
-    *,
-    inputs: list[str],
-    outputs: list[str],
-    dynamic: dict[str, dict[int, object]],
-    buffers: dict[str, torch.Tensor],
-) -> onnx.ModelProto:
-    """Trace, then let ONNX Script's optimizer tidy up the graph without looking at weights."""
     import onnx_ir as ir
     import onnxscript.optimizer
     import torch
 
     from dllava_export.exporting.weights import CHECKPOINT_LOCATION
 
+    example = tuple(
+        value.to(dtype) if value.is_floating_point() else value for value in traceable.example
+    )
+    dims = {
+        name: torch.export.Dim(name)
+        for axes in traceable.inputs.values()
+        for name in axes.values()
+    }
     with torch.no_grad(), quiet_exporter():
         program = torch.onnx.export(
-            module,
+            traceable.module.to(dtype=dtype).eval(),
             example,
             dynamo=True,
             opset_version=names.OPSET,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=dynamic,
+            input_names=list(traceable.inputs),
+            output_names=list(traceable.outputs),
+            dynamic_shapes={
+                name: {axis: dims[dim] for axis, dim in axes.items()}
+                for name, axes in traceable.inputs.items()
+            },
             optimize=False,  # it would ask the meta device for data; done below
             verbose=False,
         )
@@ -184,7 +91,7 @@ def _trace(
         tensor = value.const_value
         if tensor is None or not getattr(getattr(tensor, "raw", None), "is_meta", False):
             continue
-        buffer = next((data for key, data in buffers.items() if name.endswith(key)), None)
+        buffer = _ending(traceable.buffers, name)
         if buffer is not None:
             value.const_value = ir.tensor(buffer.numpy(), name=name)
             continue
@@ -192,7 +99,7 @@ def _trace(
         value.const_value = None
         del model.graph.initializers[name]
         model.graph.inputs.append(value)
-        weights[name.removeprefix(_TOWER)] = value, tensor
+        weights[traceable.canonical(name)] = value, tensor
     with quiet_exporter():
         onnxscript.optimizer.optimize_ir(model)
     for name, (value, tensor) in weights.items():
@@ -215,6 +122,10 @@ def _trace(
         del entry.metadata_props[:]  # PyTorch's source lines: of no use to anyone downstream
     del proto.metadata_props[:], proto.graph.metadata_props[:]
     return proto
+
+
+def _ending(buffers: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    return next((data for key, data in buffers.items() if name.endswith(key)), None)
 
 
 @contextlib.contextmanager

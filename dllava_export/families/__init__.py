@@ -1,1 +1,1 @@
-"""TODO."""
+"""Model families, one file each: what a checkpoint's configuration says, and what is traced."""

@@ -5,44 +5,59 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dllava_export.errors import CheckpointError
+from dllava_export.errors import CheckpointError, DllavaExportError
 
-__all__ = ["read_json"]
+__all__ = ["check_sizes", "read_json", "transformers_config"]
+
+Config = TypeVar("Config")
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(
+    path: Path, what: str, error_type: type[DllavaExportError] = CheckpointError
+) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
         path: The file.
         what: What its folder would be if all was well, for the message: `a checkpoint`.
+        error_type: What to raise.
 
     Raises:
-        CheckpointError: If the file is missing, or is not a JSON object.
+        DllavaExportError: Of `error_type`, if the file is missing or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(
+        raise error_type(
             f"{path.parent} is not {what}: it has no {path.name}. "
-            "Name the folder that holds config.json and the weights."
+            "Name the folder that holds it, or restore the file."
         ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(
+        raise error_type(
             f"{path.parent} is not {what}: {path.name} cannot be read as JSON ({error}). "
             "Restore the file."
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(
+        raise error_type(
             f"{path.parent} is not {what}: {path.name} holds a JSON {type(value).__name__}, "
             "expected an object. Restore the file."
         )
     return value
 
 
-def _transformers_config(cls: type, name: str, values: Mapping[str, Any]) -> Any:
+def transformers_config(cls: type[Config], name: str, values: Mapping[str, Any]) -> Config:
+    """Return a configuration of transformers.
+
+    Args:
+        cls: Its class.
+        name: What it is, for the message: `text configuration`.
+        values: Arguments of the class.
+
+    Raises:
+        CheckpointError: If the class refuses the values.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -54,7 +69,17 @@ def _transformers_config(cls: type, name: str, values: Mapping[str, Any]) -> Any
         ) from error
 
 
-def _check_sizes(name: str, config: object, keys: tuple[str, ...]) -> None:
+def check_sizes(name: str, config: object, keys: tuple[str, ...]) -> None:
+    """Check that attributes of a configuration are whole numbers of at least 1.
+
+    Args:
+        name: What it is, the start of a sentence: `The text configuration`.
+        config: The configuration.
+        keys: Names of the attributes.
+
+    Raises:
+        CheckpointError: If one is not.
+    """
     for key in keys:
         value = getattr(config, key)
         if not (type(value) is int and value >= 1):

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from dllava_export import names
 from dllava_export.errors import CheckpointError, UnsupportedModelError
-from dllava_export.families.config_file import _check_sizes, _transformers_config
-from dllava_export.families.llava import Layout
+from dllava_export.families.config_file import check_sizes, transformers_config
+from dllava_export.families.family import Traceable
 
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
-__all__ = ["LLAMA_KEYS", "text_config"]
-
+__all__ = [
+    "LLAMA_KEYS",
+    "REQUIRED_LLAMA_KEYS",
+    "LlamaDecoder",
+    "llama_config",
+    "traceable_llama",
+]
 
 LLAMA_KEYS = (
     "attention_bias",
@@ -38,8 +46,7 @@ LLAMA_KEYS = (
     "vocab_size",
 )
 
-
-_REQUIRED_LLAMA_KEYS = (
+REQUIRED_LLAMA_KEYS = (
     "hidden_size",
     "intermediate_size",
     "num_attention_heads",
@@ -47,19 +54,39 @@ _REQUIRED_LLAMA_KEYS = (
     "vocab_size",
 )
 
-
 # Frequencies that do not depend on the length of the input.
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
-def text_config(
-    config: Mapping[str, Any], layout: Layout, num_decoder_layers: int | None = None
+class LlamaDecoder(torch.nn.Module):
+    """The layers one after another; causal by construction, so that no mask is traced."""
+
+    def __init__(self, language_model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = language_model.model
+        self.lm_head = language_model.lm_head
+
+    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Return logits [batch, rows, vocab_size].
+
+        Args:
+            inputs_embeds: [batch, rows, hidden_size].
+            position_ids: [batch, rows] int64.
+        """
+        rotary = self.model.rotary_emb(inputs_embeds, position_ids)
+        hidden = inputs_embeds
+        for layer in self.model.layers:
+            hidden = layer(hidden, position_embeddings=rotary)
+        return self.lm_head(self.model.norm(hidden))
+
+
+def llama_config(
+    values: Mapping[str, Any], num_decoder_layers: int | None = None
 ) -> LlamaConfig:
-    """Return the decoder's configuration.
+    """Return a decoder's configuration.
 
     Args:
-        config: The parsed `config.json`.
-        layout: From `detect_layout`.
+        values: Keys of a LLaMA configuration; others are left out.
         num_decoder_layers: Keep only the first so many layers.
 
     Raises:
@@ -67,29 +94,9 @@ def text_config(
         CheckpointError: If sizes are missing or impossible.
         ValueError: If `num_decoder_layers` is not in 1..num_hidden_layers.
     """
-    from transformers import LlamaConfig
-
-    values: Mapping[str, Any] = config
-    if layout == "llava-hf":
-        values = config.get("text_config") or {}
-        model_type = values.get("model_type", "llama")
-        if model_type != "llama":
-            raise UnsupportedModelError(
-                f"The text model is of type {model_type!r}, expected 'llama'. "
-                "Use a LLaVA-1.5 checkpoint with a LLaMA or Vicuna decoder."
-            )
-    else:
-        missing = [key for key in _REQUIRED_LLAMA_KEYS if key not in values]
-        if missing:
-            raise CheckpointError(
-                f"config.json lacks {', '.join(missing)}, expected the sizes of the decoder. "
-                "Restore config.json from the original checkpoint."
-            )
     known = {key: values[key] for key in LLAMA_KEYS if key in values}
-    if config.get("tie_word_embeddings"):
-        known["tie_word_embeddings"] = True
-    result = _transformers_config(LlamaConfig, "text configuration", known)
-    _check_sizes("The text configuration", result, (*_REQUIRED_LLAMA_KEYS, "head_dim"))
+    result = transformers_config(LlamaConfig, "text configuration", known)
+    check_sizes("The text configuration", result, (*REQUIRED_LLAMA_KEYS, "head_dim"))
     _check_decoder(result)
     num_layers = result.num_hidden_layers
     if num_decoder_layers is not None:
@@ -120,3 +127,21 @@ def _check_decoder(config: LlamaConfig) -> None:
             f"The text configuration has num_key_value_heads {num_kv_heads}, expected a "
             f"divisor of num_attention_heads ({num_heads}). Restore config.json."
         )
+
+
+def traceable_llama(config: LlamaConfig) -> Traceable:
+    """Return the decoder: `inputs_embeds`, `position_ids` → `logits`; see `ModelSpec`."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        decoder = LlamaDecoder(LlamaForCausalLM(config))
+        example = (torch.zeros(2, 7, config.hidden_size), torch.zeros(2, 7, dtype=torch.long))
+    rows = {0: names.BATCH, 1: names.ROWS}
+    inv_freq = LlamaRotaryEmbedding(config).inv_freq.float()  # [head_dim / 2]
+    return Traceable(
+        decoder,
+        example,
+        inputs={names.INPUTS_EMBEDS: rows, names.POSITION_IDS: rows},
+        outputs=(names.LOGITS,),
+        buffers={"model.rotary_emb.inv_freq": inv_freq},
+    )

@@ -1,4 +1,7 @@
-"""What a checkpoint's `config.json` says about the model: layout, sizes, predictors.
+"""LLaVA-1.5 and Dynamic-LLaVA: a CLIP tower, an MLP projector and a LLaMA decoder.
+
+Three layouts: `llava` (the original), `dynamic-llava` (the same with predictors) and `llava-hf`
+(transformers' `LlavaForConditionalGeneration`).
 
 Source    LLaVA-1.5 and Dynamic-LLaVA configuration keys; transformers' LlavaConfig.
 """
@@ -7,121 +10,265 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from dllava_export.errors import CheckpointError, UnsupportedModelError
-from dllava_export.families.clip_tower import ProjectorConfig
+from dllava_export.families.family import (
+    Family,
+    Layout,
+    ModelSpec,
+    OutsideTower,
+    Renames,
+    Traceable,
+)
 from dllava_export.geometry import PredictorConfig
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 
-__all__ = [
-    "ImageSettings",
-    "Layout",
-    "detect_layout",
-    "image_settings",
-    "predictor_config",
-    "projector_config",
-]
+if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig, LlamaConfig
 
-Layout = Literal["llava", "dynamic-llava", "llava-hf"]
+    from dllava_export.families.clip_tower import ProjectorConfig
+
+
+__all__ = ["LlavaFamily", "LlavaSpec", "original_renames", "predictor_config", "text_config"]
+
+_LLAVA, _DYNAMIC, _HF = "llava", "dynamic-llava", "llava-hf"  # the layouts
 
 _HF_IMAGE_TOKEN_ID = 32000  # LlavaConfig's default
 
 _ORIGINAL_MODEL_TYPES = ("llava", "llava_llama", "dynamic_llava_llama")
+_BARE_DECODER_TYPES = ("llama", None)
 _DYNAMIC_ARCHITECTURE = "DynamicLlavaLlamaForCausalLM"
 _ORIGINAL_ARCHITECTURES = ("LlavaLlamaForCausalLM", _DYNAMIC_ARCHITECTURE)
 _HF_ARCHITECTURE = "LlavaForConditionalGeneration"
 
+_ORIGINAL_TOWER = "model.vision_tower."
+_ORIGINAL_PREFIXES = (
+    ("model.", "model."),
+    ("lm_head.", "lm_head."),
+    ("model.mm_projector.", "projector."),
+    ("model.image_score_predictor.", "image_predictor."),
+    ("model.output_text_score_predictor.", "output_text_predictor."),
+    ("model.instruct_score_predictor.", "instruct_predictor."),
+    ("model.vision_tower.vision_tower.vision_model.", ""),
+    ("model.vision_tower.vision_tower.", ""),  # newer transformers
+)
+_LINEAR_PROJECTOR = (  # of a single layer, which has no number
+    ("model.mm_projector.weight", "projector.0.weight"),
+    ("model.mm_projector.bias", "projector.0.bias"),
+)
+# transformers' get_checkpoint_conversion_mapping("llava") leads from the first of these two
+# layouts to the second. A table for the second one is needed all the same, and what transformers
+# says changes with its version, unlike the files on disk: so both are written here.
+_HF_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("multi_modal_projector.linear_1.", "projector.0."),
+    ("multi_modal_projector.linear_2.", "projector.2."),
+    ("vision_tower.vision_model.", ""),
+    ("vision_tower.", ""),
+)
+_NEW_HF_PREFIXES = (  # written by transformers 4.52 and later
+    ("model.language_model.", "model."),
+    ("lm_head.", "lm_head."),
+    ("model.multi_modal_projector.linear_1.", "projector.0."),
+    ("model.multi_modal_projector.linear_2.", "projector.2."),
+    ("model.vision_tower.vision_model.", ""),
+    ("model.vision_tower.", ""),
+)
 
-def detect_layout(config: Mapping[str, Any], *, allow_llama: bool = False) -> Layout:
-    """Return how the checkpoint is laid out.
 
-    Args:
-        config: The parsed `config.json`.
-        allow_llama: Take a plain LLaMA configuration too; for random weights.
+@dataclasses.dataclass(frozen=True)
+class LlavaSpec(ModelSpec):
+    """A LLaVA or Dynamic-LLaVA model.
 
-    Raises:
-        UnsupportedModelError: If the model is of another kind, or quantised.
-        CheckpointError: If a Dynamic-LLaVA model has no `sparse_config`.
+    Attributes:
+        text_config: See `ModelSpec`.
+        vision_config: See `ModelSpec`.
+        projector: The MLP from the tower to the decoder.
+        feature_layer: Index into the tower's hidden states; -2 is the output of the last block
+            but one.
     """
-    model_type = config.get("model_type")
-    architectures = config.get("architectures") or []
-    if config.get("quantization_config"):
-        method = (
-            config["quantization_config"].get("quant_method", "unknown")
-            if isinstance(config["quantization_config"], Mapping)
-            else config["quantization_config"]
+
+    text_config: LlamaConfig
+    vision_config: CLIPVisionConfig
+    projector: ProjectorConfig
+    feature_layer: int
+
+    def decoder(self) -> Traceable:
+        """See `ModelSpec`."""
+        from dllava_export.families.llama_decoder import traceable_llama
+
+        return traceable_llama(self.text_config)
+
+    def visual(self) -> Traceable:
+        """Return CLIP tower and projector.
+
+        pixel_values [batch, 3, image_size, image_size] → image_features [batch,
+        num_image_tokens, hidden_size].
+        """
+        from dllava_export.families.clip_tower import traceable_clip
+
+        return traceable_clip(self.vision_config, self.projector, self.feature_layer)
+
+    def preprocessor(self) -> dict[str, Any]:
+        """Return the settings of CLIP's image processor."""
+        from dllava_export.families.clip_tower import clip_preprocessor
+
+        assert isinstance(self.vision_config.image_size, int)  # checked by `vision_config`
+        return clip_preprocessor(self.vision_config.image_size)
+
+
+class LlavaFamily(Family):
+    """LLaVA-1.5 and Dynamic-LLaVA; see `Family`."""
+
+    name = "llava"
+    title = "LLaVA-1.5 or Dynamic-LLaVA"
+    architectures = (*_ORIGINAL_ARCHITECTURES, _HF_ARCHITECTURE)
+
+    def detect(
+        self, config: Mapping[str, Any], *, bare_decoder: bool = False
+    ) -> Layout | None:
+        """See `Family`. A bare decoder is a LLaMA."""
+        model_type = config.get("model_type")
+        architectures = config.get("architectures") or []
+        has_sparse_config = config.get("sparse_config") is not None
+        is_nested = model_type == "llava" and "text_config" in config
+        if _HF_ARCHITECTURE in architectures or is_nested:
+            if has_sparse_config:
+                raise UnsupportedModelError(
+                    f"The checkpoint is a {_HF_ARCHITECTURE} with a sparse_config, expected "
+                    "one or the other. Use the Dynamic-LLaVA checkpoint in its original layout."
+                )
+            return _HF
+        is_original = model_type in _ORIGINAL_MODEL_TYPES and (
+            not architectures or any(name in _ORIGINAL_ARCHITECTURES for name in architectures)
         )
-        raise UnsupportedModelError(
-            f"The checkpoint has a quantization_config (quant_method {method!r}), expected "
-            "float32, float16 or bfloat16 weights. Use the checkpoint it was quantised from."
-        )
-    has_sparse_config = config.get("sparse_config") is not None
-    is_nested = model_type == "llava" and "text_config" in config
-    if _HF_ARCHITECTURE in architectures or is_nested:
+        if not is_original and not (bare_decoder and model_type in _BARE_DECODER_TYPES):
+            return None
         if has_sparse_config:
-            raise UnsupportedModelError(
-                f"The checkpoint is a {_HF_ARCHITECTURE} with a sparse_config, expected one "
-                "or the other. Use the Dynamic-LLaVA checkpoint in its original layout."
+            return _DYNAMIC
+        if model_type == "dynamic_llava_llama" or _DYNAMIC_ARCHITECTURE in architectures:
+            raise CheckpointError(
+                f"config.json names {_DYNAMIC_ARCHITECTURE} but has no sparse_config, expected "
+                "the settings of its predictors. Restore config.json from the original "
+                "checkpoint."
             )
-        return "llava-hf"
-    is_original = model_type in _ORIGINAL_MODEL_TYPES and (
-        not architectures or any(name in _ORIGINAL_ARCHITECTURES for name in architectures)
-    )
-    if not is_original and not (allow_llama and model_type in ("llama", None)):
-        raise UnsupportedModelError(
-            f"model_type {model_type!r} with architectures {list(architectures)} is not "
-            f"supported, expected one of {', '.join(_ORIGINAL_MODEL_TYPES)} with "
-            f"{' or '.join(_ORIGINAL_ARCHITECTURES)}, or {_HF_ARCHITECTURE}. "
-            "Use a LLaVA-1.5 or Dynamic-LLaVA checkpoint."
+        return _LLAVA
+
+    def renames(
+        self, config: Mapping[str, Any], layout: Layout, keys: Iterable[str]
+    ) -> Renames:
+        """See `Family`."""
+        if layout != _HF:
+            return original_renames(is_linear=_projector_layers(config) == 1)
+        is_new = any(key.startswith("model.") for key in keys)
+        return Renames(_NEW_HF_PREFIXES if is_new else _HF_PREFIXES)
+
+    def outside_tower(self, config: Mapping[str, Any], layout: Layout) -> OutsideTower | None:
+        """Return what `mm_vision_tower` names; checkpoints of llava-hf hold their tower."""
+        from dllava_export.families.clip_tower import CLIP_FACTS, CLIP_RENAMES
+
+        if layout == _HF:
+            return None
+        name = config.get("mm_vision_tower") or config.get("vision_tower")
+        name = name if isinstance(name, str) else None
+        return OutsideTower(
+            config_key="mm_vision_tower",
+            name=name,
+            stored_prefix=_ORIGINAL_TOWER,
+            config=config.get("vision_config") or CLIP_FACTS.get(name or ""),
+            renames=CLIP_RENAMES,
         )
-    if has_sparse_config:
-        return "dynamic-llava"
-    if model_type == "dynamic_llava_llama" or _DYNAMIC_ARCHITECTURE in architectures:
-        raise CheckpointError(
-            f"config.json names {_DYNAMIC_ARCHITECTURE} but has no sparse_config, expected "
-            "the settings of its predictors. Restore config.json from the original checkpoint."
+
+    def describe(
+        self,
+        config: Mapping[str, Any],
+        layout: Layout,
+        *,
+        tower: Mapping[str, Any] | None = None,
+        preprocessor: Mapping[str, Any] | None = None,
+        num_decoder_layers: int | None = None,
+    ) -> LlavaSpec:
+        """See `Family`."""
+        from dllava_export.families.clip_tower import num_patches, vision_config
+
+        is_hf = layout == _HF
+        inside = (config.get("vision_config") or {}) if is_hf else (tower or {})
+        vision = vision_config(inside, str(config.get("mm_vision_tower") or "config.json"))
+        whole = text_config(config, layout)
+        text = text_config(config, layout, num_decoder_layers)
+        predictors = predictor_config(config)
+        if predictors is not None and predictors.sparse_layer >= whole.num_hidden_layers:
+            raise CheckpointError(
+                f"sparse_config has sparse_layer {predictors.sparse_layer}, expected at most "
+                f"{whole.num_hidden_layers - 1}, the decoder's last layer. Restore config.json."
+            )
+        aspect_ratio = "pad" if (preprocessor or {}).get("do_pad") else "square"
+        if not is_hf:
+            aspect_ratio = config.get("image_aspect_ratio") or "square"
+            _check_image_tokens(config, aspect_ratio)
+        return LlavaSpec(
+            layout=layout,
+            text_config=text,
+            vision_config=vision,
+            predictors=predictors,
+            num_stored_layers=whole.num_hidden_layers,
+            num_image_tokens=num_patches(vision),
+            image_token_id=_image_token_id(config, layout),
+            image_aspect_ratio=aspect_ratio,
+            chat_template="checkpoint" if is_hf else "vicuna_v1",
+            projector=_projector_config(config, layout, vision, text),
+            feature_layer=_feature_layer(config, layout, vision.num_hidden_layers),
         )
-    return "llava"
 
 
-def projector_config(
-    config: Mapping[str, Any],
-    layout: Layout,
-    in_features: int,
-    out_features: int,
-    default_type: str = "linear",
-) -> ProjectorConfig:
-    """Return the projector's configuration.
+def original_renames(*, is_linear: bool) -> Renames:
+    """Return how the official code spells canonical names.
+
+    Args:
+        is_linear: True where the projector is a single layer.
+    """
+    return Renames((*(_LINEAR_PROJECTOR if is_linear else ()), *_ORIGINAL_PREFIXES))
+
+
+def text_config(
+    config: Mapping[str, Any], layout: Layout, num_decoder_layers: int | None = None
+) -> LlamaConfig:
+    """Return the decoder's configuration.
 
     Args:
         config: The parsed `config.json`.
-        layout: From `detect_layout`.
-        in_features: Width of the vision tower.
-        out_features: Hidden size of the decoder.
-        default_type: Where the original layouts have no `mm_projector_type`.
+        layout: From `LlavaFamily.detect`.
+        num_decoder_layers: Keep only the first so many layers.
 
     Raises:
-        UnsupportedModelError: If the projector is not a linear layer or a GELU MLP.
+        UnsupportedModelError: If the decoder is not a plain LLaMA.
+        CheckpointError: If sizes are missing or impossible.
+        ValueError: If `num_decoder_layers` is not in 1..num_hidden_layers.
     """
-    if layout == "llava-hf":
-        hidden_act = config.get("projector_hidden_act", "gelu")
-        if hidden_act != "gelu":
+    from dllava_export.families.llama_decoder import REQUIRED_LLAMA_KEYS, llama_config
+
+    values: Mapping[str, Any] = config
+    if layout == _HF:
+        values = config.get("text_config") or {}
+        model_type = values.get("model_type", "llama")
+        if model_type != "llama":
             raise UnsupportedModelError(
-                f"projector_hidden_act {hidden_act!r} is not supported, expected 'gelu'. "
-                "Use a LLaVA-1.5 checkpoint."
+                f"The text model is of type {model_type!r}, expected 'llama'. "
+                "Use a LLaVA-1.5 checkpoint with a LLaMA or Vicuna decoder."
             )
-        bias = bool(config.get("multimodal_projector_bias", True))
-        return ProjectorConfig(in_features, out_features, bias=bias)
-    name = str(config.get("mm_projector_type", default_type))
-    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", name)
-    if not match and name != "linear":
-        raise UnsupportedModelError(
-            f"mm_projector_type {name!r} is not supported, expected 'linear' or 'mlpNx_gelu'. "
-            "Use a LLaVA-1.5 or Dynamic-LLaVA checkpoint."
-        )
-    return ProjectorConfig(in_features, out_features, int(match[1]) if match else 1)
+    else:
+        missing = [key for key in REQUIRED_LLAMA_KEYS if key not in values]
+        if missing:
+            raise CheckpointError(
+                f"config.json lacks {', '.join(missing)}, expected the sizes of the decoder. "
+                "Restore config.json from the original checkpoint."
+            )
+    if config.get("tie_word_embeddings"):  # llava-hf has it outside its text_config
+        values = {**values, "tie_word_embeddings": True}
+    return llama_config(values, num_decoder_layers)
 
 
 def predictor_config(config: Mapping[str, Any]) -> PredictorConfig | None:
@@ -159,48 +306,59 @@ def predictor_config(config: Mapping[str, Any]) -> PredictorConfig | None:
         raise CheckpointError(f"sparse_config: {error} Restore config.json.") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageSettings:
-    """How images enter the prompt; see `Checkpoint` for the attributes."""
+def _projector_layers(config: Mapping[str, Any]) -> int:
+    """Return the number of linear layers of a projector in the original layouts."""
+    is_bare = config.get("model_type") in _BARE_DECODER_TYPES
+    default = "mlp2x_gelu" if is_bare else "linear"
+    name = str(config.get("mm_projector_type", default))
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", name)
+    if not match and name != "linear":
+        raise UnsupportedModelError(
+            f"mm_projector_type {name!r} is not supported, expected 'linear' or 'mlpNx_gelu'. "
+            "Use a LLaVA-1.5 or Dynamic-LLaVA checkpoint."
+        )
+    return int(match[1]) if match else 1
 
-    vision_feature_layer: int
-    vision_feature_select: Literal["patch"]
-    image_token_id: int
-    image_aspect_ratio: str
+
+def _projector_config(
+    config: Mapping[str, Any], layout: Layout, vision: CLIPVisionConfig, text: LlamaConfig
+) -> ProjectorConfig:
+    from dllava_export.families.clip_tower import ProjectorConfig
+
+    if layout != _HF:
+        num_layers = _projector_layers(config)
+        return ProjectorConfig(vision.hidden_size, text.hidden_size, num_layers)
+    hidden_act = config.get("projector_hidden_act", "gelu")
+    if hidden_act != "gelu":
+        raise UnsupportedModelError(
+            f"projector_hidden_act {hidden_act!r} is not supported, expected 'gelu'. "
+            "Use a LLaVA-1.5 checkpoint."
+        )
+    bias = bool(config.get("multimodal_projector_bias", True))
+    return ProjectorConfig(vision.hidden_size, text.hidden_size, bias=bias)
 
 
-def image_settings(
-    config: Mapping[str, Any], layout: Layout, num_vision_layers: int
-) -> ImageSettings:
-    """Return how images enter the prompt.
+def _image_token_id(config: Mapping[str, Any], layout: Layout) -> int:
+    if layout != _HF:
+        return IMAGE_PLACEHOLDER_ID
+    token_id = config.get("image_token_index", config.get("image_token_id"))
+    return _HF_IMAGE_TOKEN_ID if token_id is None else int(token_id)
 
-    Args:
-        config: The parsed `config.json`.
-        layout: From `detect_layout`.
-        num_vision_layers: Blocks of the vision tower.
 
-    Raises:
-        UnsupportedModelError: If features other than one layer's patches are used, or the
-            prompt needs tokens around the image, or images are cut into tiles.
-    """
-    if layout == "llava-hf":
+def _feature_layer(config: Mapping[str, Any], layout: Layout, num_layers: int) -> int:
+    """Return which of the tower's hidden states are the features, class token dropped."""
+    if layout == _HF:
         layer = config.get("vision_feature_layer", -2)
         select = config.get("vision_feature_select_strategy", "default")
         select = "patch" if select == "default" else select
-        token_id = config.get("image_token_index", config.get("image_token_id"))
-        token_id = _HF_IMAGE_TOKEN_ID if token_id is None else token_id
-        aspect_ratio = "square"
     else:
         layer = config.get("mm_vision_select_layer", -2)
         select = config.get("mm_vision_select_feature", "patch")
-        token_id = IMAGE_PLACEHOLDER_ID
-        aspect_ratio = config.get("image_aspect_ratio") or "square"
-        _check_image_tokens(config, aspect_ratio)
     # hidden_states of CLIP: the embeddings, then the output of every block.
-    if type(layer) is not int or not -num_vision_layers - 1 <= layer <= num_vision_layers:
+    if type(layer) is not int or not -num_layers - 1 <= layer <= num_layers:
         raise UnsupportedModelError(
             f"The vision feature layer is {layer!r}, expected one whole number in "
-            f"{-num_vision_layers - 1}..{num_vision_layers}. "
+            f"{-num_layers - 1}..{num_layers}. "
             "Use a checkpoint that reads features from one layer."
         )
     if select != "patch":
@@ -208,7 +366,7 @@ def image_settings(
             f"The vision features are selected by {select!r}, expected 'patch' (the class "
             "token is dropped). Use a LLaVA-1.5 or Dynamic-LLaVA checkpoint."
         )
-    return ImageSettings(layer, "patch", int(token_id), aspect_ratio)
+    return layer
 
 
 def _check_image_tokens(config: Mapping[str, Any], aspect_ratio: str) -> None:

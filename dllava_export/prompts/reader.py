@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +11,9 @@ import numpy as np
 from dllava_export.bundles import layout
 from dllava_export.bundles.embedding import EmbeddingTable
 from dllava_export.bundles.manifest import Manifest
-from dllava_export.errors import CapacityError, InvalidInputError
-from dllava_export.families.positions import positions_of
+from dllava_export.errors import BundleError, CapacityError, InvalidInputError
+from dllava_export.families.config_file import read_json
+from dllava_export.families.registry import positions_of
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.placeholders import check_prompt, normalise_placeholders
 from dllava_export.prompts.rows import PromptRows, assemble_prompt
@@ -95,7 +95,8 @@ class PromptReader:
         if self._image_processor is None:
             path = self._folder / layout.VISUAL_FOLDER / "preprocessor_config.json"
             self._image_processor = ImageProcessor.from_config(
-                json.loads(path.read_text(encoding="utf-8")), self.manifest.image_aspect_ratio
+                read_json(path, "the visual part of a bundle", BundleError),
+                self.manifest.image_aspect_ratio,
             )
         return self._image_processor
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dllava_export.errors import BundleError, InvalidInputError
+from dllava_export.families.config_file import read_json
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.placeholders import _shortened
 
@@ -86,10 +86,10 @@ class ChatTokenizer:
                 folder has no chat template.
         """
         folder = pathlib.Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _settings(folder / "tokenizer_config.json")
         tokenizer, adds_bos = _load_tokenizer(folder, config)
         if template == "checkpoint" and tokenizer.chat_template is None:
-            tokenizer.chat_template = _read_json(folder / "chat_template.json").get(
+            tokenizer.chat_template = _settings(folder / "chat_template.json").get(
                 "chat_template"
             )
             if tokenizer.chat_template is None:
@@ -339,22 +339,9 @@ def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _settings(path: pathlib.Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(
-            f"File {path} is not JSON: {error}. Copy it from the checkpoint again."
-        ) from error
-    if not isinstance(content, dict):
-        raise BundleError(
-            f"File {path} holds a JSON {type(content).__name__}, expected an object. "
-            "Copy it from the checkpoint again."
-        )
-    return content
+    return read_json(path, "a folder with a tokenizer", BundleError) if path.is_file() else {}
 
 
 def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, bool]:
@@ -387,7 +374,7 @@ def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, 
 
 
 def _eos_token_ids(folder: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
-    from_generation = _read_json(folder / "generation_config.json").get("eos_token_id")
+    from_generation = _settings(folder / "generation_config.json").get("eos_token_id")
     ids = from_generation if isinstance(from_generation, list) else [from_generation]
     return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
 

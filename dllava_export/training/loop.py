@@ -392,7 +392,7 @@ def _read_data(
             f"{checkpoint.path} has no tokenizer, expected tokenizer.json or tokenizer.model. "
             "Copy the tokenizer files there."
         )
-    context = checkpoint.text_config.max_position_embeddings
+    context = checkpoint.spec.max_position_embeddings
     stated = checkpoint.config.get("tokenizer_model_max_length")
     if type(stated) is int:
         context = min(context, stated)
@@ -401,14 +401,16 @@ def _read_data(
         image_folder=None if image_folder is None else Path(image_folder),
         needs_image=settings.train_predictors,
         tokenizer=ChatTokenizer.from_folder(
-            checkpoint.path, template="vicuna_v1", image_token_id=checkpoint.image_token_id
+            checkpoint.path,
+            template="vicuna_v1",
+            image_token_id=checkpoint.spec.image_token_id,
         ),
         image_processor=ImageProcessor.from_config(
-            checkpoint.preprocessor, checkpoint.image_aspect_ratio
+            checkpoint.preprocessor, checkpoint.spec.image_aspect_ratio
         ),
-        num_image_tokens=checkpoint.num_image_tokens,
+        num_image_tokens=checkpoint.spec.num_image_tokens,
         max_length=settings.max_length or context,
-        vocab_size=checkpoint.text_config.vocab_size,
+        vocab_size=checkpoint.spec.text_config.vocab_size,
         on_bad_record=on_bad_record,
         progress=progress,
     )

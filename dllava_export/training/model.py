@@ -23,10 +23,17 @@ from torch.nn import functional
 from transformers import CLIPVisionModel, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from dllava_export.exporting.tracing import projector_module
-from dllava_export.families.predictor_modules import (
+from dllava_export.errors import UnsupportedModelError
+from dllava_export.families.clip_tower import (
+    canonical_tower_name,
+    clip_features,
+    projector_module,
+)
+from dllava_export.families.llava import LlavaSpec
+from dllava_export.families.predictors import (
     ImagePredictor,
     OutputTextPredictor,
+    Predictors,
     init_predictor,
     sample_keep_mask,
 )
@@ -89,27 +96,27 @@ class TrainingModel(nn.Module):
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        spec: LlavaSpec,
         predictors: PredictorConfig | None,
         settings: TrainingSettings,
     ) -> None:
         super().__init__()
-        config = copy.deepcopy(checkpoint.text_config)
+        config = copy.deepcopy(spec.text_config)
         config._attn_implementation = ATTENTION_NAME
-        tower_config = copy.deepcopy(checkpoint.vision_config)
+        tower_config = copy.deepcopy(spec.vision_config)
         tower_config._attn_implementation = "sdpa"
         self.tower = CLIPVisionModel(tower_config)
-        self.projector = projector_module(checkpoint.projector)
+        self.projector = projector_module(spec.projector)
         self.language_model = LlamaForCausalLM(config)
         hidden_size = config.hidden_size
         self.image_predictor = self.output_text_predictor = None
         if predictors is not None:
-            self.image_predictor = ImagePredictor(hidden_size, predictors)
-            if predictors.has_output_text:
-                self.output_text_predictor = OutputTextPredictor(hidden_size, predictors)
+            modules = Predictors(hidden_size, predictors)
+            self.image_predictor = modules.image_predictor
+            self.output_text_predictor = modules.output_text_predictor
         self._predictors = predictors
         self._settings = settings
-        self._feature_layer = checkpoint.vision_feature_layer
+        self._feature_layer = spec.feature_layer
         self._compute_dtype = torch.float32
 
     def forward(self, batch: Batch, tau: float, generator: torch.Generator) -> Losses:
@@ -147,8 +154,7 @@ class TrainingModel(nn.Module):
                 torch.is_grad_enabled() and not self._settings.freeze_tower
             ):
                 pixels = batch.pixel_values.to(next(self.tower.parameters()).dtype)
-                states = self.tower(pixels, output_hidden_states=True).hidden_states
-                features = states[self._feature_layer][:, 1:]  # without the class token
+                features = clip_features(self.tower, pixels, self._feature_layer)
             features = self.projector(features.to(next(self.projector.parameters()).dtype))
         return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
 
@@ -295,11 +301,21 @@ def build_model(
 
     Returns:
         The model; `requires_grad` is set for what shall be trained.
+
+    Raises:
+        UnsupportedModelError: If the checkpoint is of another family than LLaVA.
     """
+    spec = checkpoint.spec
+    if not isinstance(spec, LlavaSpec):
+        raise UnsupportedModelError(
+            f"{checkpoint.path} is a checkpoint of the family {checkpoint.family.name!r}, "
+            "expected 'llava': other models cannot be run in PyTorch yet. Use a LLaVA-1.5 or "
+            "Dynamic-LLaVA checkpoint."
+        )
     default = "bf16" if device.type == "cuda" else "fp32"
     is_mixed = (settings.compute_precision or default) == "bf16"
     with torch.device("meta"):  # the weights come from the checkpoint
-        model = TrainingModel(checkpoint, predictors, settings)
+        model = TrainingModel(spec, predictors, settings)
     if is_mixed:
         model._compute_dtype = torch.bfloat16
     state = {}
@@ -321,8 +337,8 @@ def build_model(
 
 
 def canonical_name(name: str) -> str:
-    """Return the canonical name of a parameter of the model; see `checkpoint_layout`."""
-    return name.removeprefix("language_model.").removeprefix("tower.")
+    """Return the canonical name of a parameter of the model; see `families.family`."""
+    return canonical_tower_name(name.removeprefix("language_model."))
 
 
 def _is_trained(name: str, settings: TrainingSettings) -> bool:

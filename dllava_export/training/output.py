@@ -14,40 +14,21 @@ import torch
 from dllava_export.checkpoints.checkpoint import Checkpoint
 from dllava_export.checkpoints.tensor_source import DTYPE_NAMES, TensorSource, TorchSource
 from dllava_export.exporting.weights import write_safetensors
-from dllava_export.families.clip_tower import CLIP_FACTS
+from dllava_export.families.clip_tower import CLIP_FACTS, CLIP_KEYS
 from dllava_export.families.llama_decoder import LLAMA_KEYS
+from dllava_export.families.llava import LlavaSpec, original_renames
 from dllava_export.geometry import PredictorConfig
 from dllava_export.precision import NUMBER_FORMATS
 from dllava_export.training.model import PREDICTORS, TrainingModel, canonical_name
 from dllava_export.training.settings import TrainingSettings
 
-__all__ = ["checkpoint_config", "official_name", "write_checkpoint"]
+__all__ = ["checkpoint_config", "write_checkpoint"]
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
-_TOWER = "model.vision_tower.vision_tower.vision_model."
-_PREFIXES = {
-    "model.": "model.",
-    "lm_head.": "lm_head.",
-    "projector.": "model.mm_projector.",
-    "image_predictor.": "model.image_score_predictor.",
-    "output_text_predictor.": "model.output_text_score_predictor.",
-}
 # Newer transformers keep both of these inside rope_parameters.
 _TEXT_KEYS = tuple(k for k in LLAMA_KEYS if k not in ("rope_scaling", "rope_theta"))
-_VISION_KEYS = (
-    "hidden_act",
-    "hidden_size",
-    "image_size",
-    "intermediate_size",
-    "layer_norm_eps",
-    "num_attention_heads",
-    "num_channels",
-    "num_hidden_layers",
-    "patch_size",
-    "projection_dim",
-)
 
 
 def write_checkpoint(
@@ -77,9 +58,10 @@ def write_checkpoint(
     for name, source in checkpoint.tensors.items():
         if not name.startswith(PREDICTORS):
             sources.setdefault(name, source)
-    is_linear = checkpoint.projector.num_layers == 1
+    assert isinstance(checkpoint.spec, LlavaSpec)  # as `build_model` found it
+    renames = original_renames(is_linear=checkpoint.spec.projector.num_layers == 1)
     tensors = {
-        official_name(name, is_linear): (source, stored.numpy)
+        renames.stored(name): (source, stored.numpy)
         for name, source in sorted(sources.items())
     }
     write_safetensors(out / WEIGHTS, tensors, progress=progress)
@@ -92,21 +74,6 @@ def write_checkpoint(
     return (out / WEIGHTS).stat().st_size
 
 
-def official_name(name: str, is_linear: bool = False) -> str:
-    """Return how the official code spells a canonical name.
-
-    Args:
-        name: As in `Checkpoint.tensors`.
-        is_linear: True where the projector is a single layer, which has no number.
-    """
-    if is_linear and name.startswith("projector.0."):
-        return "model.mm_projector." + name.rpartition(".")[2]
-    for canonical, stored in _PREFIXES.items():
-        if name.startswith(canonical):
-            return stored + name.removeprefix(canonical)
-    return _TOWER + name.removeprefix("vision_model.")
-
-
 def checkpoint_config(
     checkpoint: Checkpoint, predictors: PredictorConfig | None, settings: TrainingSettings
 ) -> dict[str, Any]:
@@ -114,28 +81,30 @@ def checkpoint_config(
 
     Source: Dynamic-LLaVA; its published checkpoints have model_type `llava_llama` too.
     """
-    text = checkpoint.text_config
+    spec = checkpoint.spec
+    assert isinstance(spec, LlavaSpec)  # as `build_model` found it
+    text = spec.text_config
     values: dict[str, Any] = {}
-    if checkpoint.layout != "llava-hf":
+    if spec.layout != "llava-hf":
         values = {key: value for key, value in checkpoint.config.items() if key != "dtype"}
         values.pop("sparse_config", None)
     values.update({key: getattr(text, key) for key in _TEXT_KEYS if hasattr(text, key)})
     rope = values.get("rope_parameters") or {}
     values["rope_theta"] = rope.get("rope_theta", 10000.0)  # where older readers look for it
     name = "LlavaLlamaForCausalLM" if predictors is None else "DynamicLlavaLlamaForCausalLM"
-    vision = {key: getattr(checkpoint.vision_config, key) for key in _VISION_KEYS}
-    num_layers = checkpoint.projector.num_layers
+    vision = {key: getattr(spec.vision_config, key) for key in CLIP_KEYS}
+    num_layers = spec.projector.num_layers
     values |= {
         "architectures": [name],
         "model_type": "llava_llama",
-        "image_aspect_ratio": checkpoint.image_aspect_ratio,
-        "mm_hidden_size": checkpoint.projector.in_features,
+        "image_aspect_ratio": spec.image_aspect_ratio,
+        "mm_hidden_size": spec.projector.in_features,
         "mm_patch_merge_type": "flat",
         "mm_projector_type": "linear" if num_layers == 1 else f"mlp{num_layers}x_gelu",
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
-        "mm_vision_select_feature": checkpoint.vision_feature_select,
-        "mm_vision_select_layer": checkpoint.vision_feature_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": spec.feature_layer,
         "mm_vision_tower": _tower_name(checkpoint),
         "vision_config": {"model_type": "clip_vision_model", **vision},
     }
@@ -168,7 +137,7 @@ def _tower_name(checkpoint: Checkpoint) -> str:
     if isinstance(name, str) and name:
         return name
     for published, facts in CLIP_FACTS.items():
-        if all(getattr(checkpoint.vision_config, key) == facts[key] for key in facts):
+        if all(getattr(checkpoint.spec.vision_config, key) == facts[key] for key in facts):
             return published
     return "vision_tower"
 

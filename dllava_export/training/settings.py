@@ -169,7 +169,7 @@ def resolve_predictors(
     """
     if not settings.train_predictors:
         return None
-    found = checkpoint.sparse_config
+    found = checkpoint.spec.predictors
     values: dict[str, Any] = {} if found is None else dataclasses.asdict(found)
     for name in _SIZES:
         value = getattr(settings, name)
@@ -191,15 +191,15 @@ def resolve_predictors(
     }
     values.update({name: value for name, value in chosen.items() if value is not None})
     predictors = PredictorConfig(**values)
-    last = checkpoint.text_config.num_hidden_layers - 1
+    last = checkpoint.spec.num_layers - 1
     if predictors.sparse_layer > last:
         raise ValueError(
             f"sparse_layer must be in 1..{last} for {last + 1} decoder layers, got "
             f"{predictors.sparse_layer}."
         )
-    if int(checkpoint.num_image_tokens * predictors.vision_keep_rate) < 1:
+    if int(checkpoint.spec.num_image_tokens * predictors.vision_keep_rate) < 1:
         raise ValueError(
             f"image_keep_rate {predictors.vision_keep_rate} keeps none of "
-            f"{checkpoint.num_image_tokens} image tokens, expected at least one. Raise it."
+            f"{checkpoint.spec.num_image_tokens} image tokens, expected at least one. Raise it."
         )
     return predictors

@@ -17,6 +17,8 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dllava_export.errors import InvalidInputError
+from dllava_export.families.clip_tower import clip_features
+from dllava_export.families.llava import LlavaSpec
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.passes.policies.base import ImageArrays, TextArrays
 from dllava_export.passes.policies.registry import get_policy
@@ -142,8 +144,8 @@ class MaskedModel:
         )
 
     def _encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        states = self._model.tower(pixel_values, output_hidden_states=True).hidden_states
-        return self._model.projector(states[self._feature_layer][:, 1:])[0]
+        features = clip_features(self._model.tower, pixel_values, self._feature_layer)
+        return self._model.projector(features)[0]
 
     @torch.inference_mode()
     def forward(self, rows: Rows, kept: np.ndarray | None) -> tuple[Forward, Selection]:
@@ -220,9 +222,9 @@ def load_masked_model(checkpoint: str, manifest: Manifest) -> MaskedModel:
     from dllava_export.checkpoints.checkpoint import read_checkpoint
 
     source, num_layers = read_checkpoint(checkpoint), manifest.geometry.num_layers
-    if source.text_config.num_hidden_layers > num_layers:  # the bundle was cut too
+    if source.spec.num_layers > num_layers:  # the bundle was cut too
         source = read_checkpoint(checkpoint, num_decoder_layers=num_layers)
-    _check_fits(checkpoint, source.text_config, manifest)
+    _check_fits(checkpoint, source.spec.text_config, manifest)
     predictors = _needed_predictors(checkpoint, source, manifest.sparsity)
     settings = TrainingSettings(
         freeze_model=True, compute_precision="fp32", gradient_checkpointing=False
@@ -230,7 +232,8 @@ def load_masked_model(checkpoint: str, manifest: Manifest) -> MaskedModel:
     model = build_model(source, predictors, settings, torch.device("cpu")).eval()
     model.language_model.config._attn_implementation = _ATTENTION_NAME
     weights = None if predictors is None else _predictor_weights(model, predictors)
-    return MaskedModel(model, manifest, source.vision_feature_layer, weights)
+    assert isinstance(source.spec, LlavaSpec)  # else `build_model` refused it
+    return MaskedModel(model, manifest, source.spec.feature_layer, weights)
 
 
 def _needed_predictors(
@@ -243,7 +246,7 @@ def _needed_predictors(
     needs_text = sparsity.has_keep_bit and get_policy(sparsity.text_policy).needs_predictors
     if not (needs_image or needs_text):
         return None
-    found = source.sparse_config
+    found = source.spec.predictors
     lacks_image = found is None or not found.use_vision_predictor
     lacks_text = found is None or not found.has_output_text
     if (needs_image and lacks_image) or (needs_text and lacks_text):

@@ -35,10 +35,12 @@ class Task:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._tokenizer = ChatTokenizer.from_folder(
-            checkpoint.path, template="vicuna_v1", image_token_id=checkpoint.image_token_id
+            checkpoint.path,
+            template="vicuna_v1",
+            image_token_id=checkpoint.spec.image_token_id,
         )
         processor = ImageProcessor.from_config(
-            checkpoint.preprocessor, checkpoint.image_aspect_ratio
+            checkpoint.preprocessor, checkpoint.spec.image_aspect_ratio
         )
         self._mean = 255 * torch.tensor(processor.mean)[:, None, None]
         self._std = 255 * torch.tensor(processor.std)[:, None, None]

@@ -37,16 +37,16 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 def test_reads_the_golden_checkpoint() -> None:
     checkpoint = read_checkpoint(DATA / "gqa")
-    assert checkpoint.layout == "dynamic-llava"
+    assert checkpoint.spec.layout == "dynamic-llava"
     assert checkpoint.has_predictors
     assert not checkpoint.has_tokenizer
-    assert checkpoint.num_image_tokens == 64
-    assert checkpoint.image_token_id == -200
-    assert checkpoint.image_aspect_ratio == "pad"
+    assert checkpoint.spec.num_image_tokens == 64
+    assert checkpoint.spec.image_token_id == -200
+    assert checkpoint.spec.image_aspect_ratio == "pad"
     assert checkpoint.precision == "fp32"
-    assert checkpoint.text_config.num_key_value_heads == 2
+    assert checkpoint.spec.text_config.num_key_value_heads == 2
     assert checkpoint.preprocessor["crop_size"] == {"height": 112, "width": 112}
-    assert checkpoint.sparse_config == PredictorConfig(
+    assert checkpoint.spec.predictors == PredictorConfig(
         d_model=32, nhead=4, dim_feedforward=64, sparse_layer=3, vision_keep_rate=0.29
     )
 
@@ -56,7 +56,7 @@ def test_reads_the_golden_checkpoint() -> None:
 def test_reads_every_layout_and_file_kind(tmp_path: Path, layout: str, files: str) -> None:
     expected = factory.make_checkpoint(tmp_path, layout, files=files)
     assert_same_values(tmp_path, expected)
-    assert read_checkpoint(tmp_path).layout == layout.split(" ")[0]
+    assert read_checkpoint(tmp_path).spec.layout == layout.split(" ")[0]
 
 
 @pytest.mark.parametrize("files", ["single", "bin"])
@@ -122,8 +122,8 @@ def test_reads_what_transformers_writes(tmp_path: Path) -> None:
     model = LlavaForConditionalGeneration(config)
     model.save_pretrained(tmp_path)
     checkpoint = read_checkpoint(tmp_path)
-    assert checkpoint.text_config.to_diff_dict() == config.text_config.to_diff_dict()
-    assert checkpoint.vision_config.to_diff_dict() == config.vision_config.to_diff_dict()
+    assert checkpoint.spec.text_config.to_diff_dict() == config.text_config.to_diff_dict()
+    assert checkpoint.spec.vision_config.to_diff_dict() == config.vision_config.to_diff_dict()
     parts = {
         "model.": model.model.language_model.state_dict(),
         "lm_head.": model.lm_head.state_dict(),
@@ -143,8 +143,8 @@ def test_llava_hf_settings(tmp_path: Path) -> None:
     factory.write_json(tmp_path / "preprocessor_config.json", {"do_pad": True})
     (tmp_path / "tokenizer.json").write_text("{}")
     checkpoint = read_checkpoint(tmp_path)
-    assert checkpoint.image_token_id == 39
-    assert checkpoint.image_aspect_ratio == "pad"
+    assert checkpoint.spec.image_token_id == 39
+    assert checkpoint.spec.image_aspect_ratio == "pad"
     assert checkpoint.has_tokenizer
     assert not checkpoint.has_predictors
     assert checkpoint.preprocessor == {"do_pad": True}
@@ -175,7 +175,7 @@ def test_reads_other_projectors(tmp_path: Path, kind: str) -> None:
         factory.write_files(tmp_path, stored)
     assert_same_values(tmp_path, values)
     num_layers = {"linear": 1, "mlp3x_gelu": 3}[kind]
-    assert read_checkpoint(tmp_path).projector.num_layers == num_layers
+    assert read_checkpoint(tmp_path).spec.projector.num_layers == num_layers
 
 
 def test_tied_embeddings_stand_in_for_lm_head(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_ignores_buffers_of_old_versions(tmp_path: Path) -> None:
 def test_keeps_the_first_decoder_layers(tmp_path: Path) -> None:
     factory.make_checkpoint(tmp_path)
     checkpoint = read_checkpoint(tmp_path, num_decoder_layers=2)
-    assert checkpoint.text_config.num_hidden_layers == 2
+    assert checkpoint.spec.text_config.num_hidden_layers == 2
     layers = {n.split(".")[2] for n in checkpoint.tensors if n.startswith("model.layers.")}
     assert layers == {"0", "1"}
     with pytest.raises(ValueError, match=r"num_decoder_layers must be in 1\.\.3, got 4\."):
@@ -222,17 +222,17 @@ def test_predictor_that_is_switched_off_may_stay_in_the_files(tmp_path: Path) ->
     off = {**factory.SPARSE_CONFIG, "use_output_text_predictor": False}
     edit_config(tmp_path, sparse_config=off)
     checkpoint = read_checkpoint(tmp_path)
-    assert checkpoint.sparse_config is not None
-    assert not checkpoint.sparse_config.has_output_text
+    assert checkpoint.spec.predictors is not None
+    assert not checkpoint.spec.predictors.has_output_text
     assert not any(name.startswith("output_text") for name in checkpoint.tensors)
 
 
 def test_well_known_tower_needs_no_network(tmp_path: Path) -> None:
     factory.make_sparse_7b(tmp_path, num_layers=3)
     checkpoint = read_checkpoint(tmp_path)
-    assert checkpoint.num_image_tokens == 576
-    assert checkpoint.vision_config.num_hidden_layers == 24
-    assert checkpoint.vision_config.hidden_size == 1024
+    assert checkpoint.spec.num_image_tokens == 576
+    assert checkpoint.spec.vision_config.num_hidden_layers == 24
+    assert checkpoint.spec.vision_config.hidden_size == 1024
 
 
 def test_published_7b_has_728_tensors(tmp_path: Path) -> None:
@@ -434,14 +434,16 @@ def test_llava_hf_without_a_tower(tmp_path: Path) -> None:
     factory.write_files(
         tmp_path, {k: v for k, v in stored.items() if not k.startswith("vision_tower.")}
     )
-    with pytest.raises(CheckpointError, match=r"missing tensors: 'vision_model.embeddings"):
+    with pytest.raises(
+        CheckpointError, match=r"missing tensors: 'vision_tower.vision_model.embeddings"
+    ):
         read_checkpoint(tmp_path)
 
 
 def test_tensor_stored_under_two_names(tmp_path: Path) -> None:
     key = "model__vision_tower__vision_tower__post_layernorm__bias"
     rewritten(tmp_path, **{key: np.zeros(8, np.float32)})
-    with pytest.raises(CheckpointError, match=r"holds 'vision/post_layernorm.bias' twice"):
+    with pytest.raises(CheckpointError, match=r"holds 'post_layernorm.bias' twice"):
         read_checkpoint(tmp_path)
 
 
@@ -575,8 +577,8 @@ def test_random_weights_of_a_plain_llama(tmp_path: Path) -> None:
     config = {**factory.TEXT_CONFIG, "model_type": "llama", "tie_word_embeddings": True}
     factory.write_json(file, {**config, "sparse_config": factory.SPARSE_CONFIG, **TOWER})
     checkpoint = random_checkpoint(file, num_decoder_layers=2)
-    assert checkpoint.layout == "dynamic-llava"
-    assert checkpoint.projector.num_layers == 2
+    assert checkpoint.spec.layout == "dynamic-llava"
+    assert checkpoint.spec.projector.num_layers == 2
     assert isinstance(checkpoint.tensors["post_layernorm.bias"], RandomSource)
     embeddings = checkpoint.tensors["model.embed_tokens.weight"]
     assert checkpoint.tensors["lm_head.weight"] is embeddings

@@ -149,12 +149,12 @@ def _read_conversations(path: Path, folder: Path) -> ConversationData:
         image_folder=None,
         needs_image=True,
         tokenizer=ChatTokenizer.from_folder(
-            folder, template="vicuna_v1", image_token_id=checkpoint.image_token_id
+            folder, template="vicuna_v1", image_token_id=checkpoint.spec.image_token_id
         ),
         image_processor=ImageProcessor.from_config(checkpoint.preprocessor, "pad"),
-        num_image_tokens=checkpoint.num_image_tokens,
+        num_image_tokens=checkpoint.spec.num_image_tokens,
         max_length=1024,
-        vocab_size=checkpoint.text_config.vocab_size,
+        vocab_size=checkpoint.spec.text_config.vocab_size,
     )
 
 
@@ -246,9 +246,9 @@ def test_predictors_are_trained_from_the_dense_checkpoint(
     shutil.copytree(untrained, tmp_path / train.DENSE_FOLDER)
     train.train_sparse(tmp_path)
     checkpoint = read_checkpoint(tmp_path / train.SPARSE_FOLDER)
-    assert checkpoint.sparse_config is not None
-    assert checkpoint.sparse_config.vision_keep_rate == 0.2
-    assert checkpoint.sparse_config.output_text_keep_rate == 0.5
+    assert checkpoint.spec.predictors is not None
+    assert checkpoint.spec.predictors.vision_keep_rate == 0.2
+    assert checkpoint.spec.predictors.output_text_keep_rate == 0.5
     num_bytes = sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))
     assert num_bytes < 12e6
     parts = [read_checkpoint(tmp_path / name).tensors for name in folders[1:]]

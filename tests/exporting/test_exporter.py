@@ -384,7 +384,7 @@ def resolved(checkpoint, **options) -> Sparsity:
     return resolve_sparsity(
         SparsityOptions(**options),
         checkpoint,
-        num_layers=checkpoint.text_config.num_hidden_layers,
+        num_layers=checkpoint.spec.text_config.num_hidden_layers,
     )
 
 

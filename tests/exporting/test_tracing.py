@@ -63,7 +63,7 @@ def torch_state(checkpoint: Checkpoint, *prefixes: str) -> dict[str, torch.Tenso
 
 
 def llama_logits(checkpoint: Checkpoint, embeds: np.ndarray) -> np.ndarray:
-    model = LlamaForCausalLM(checkpoint.text_config).eval()
+    model = LlamaForCausalLM(checkpoint.spec.text_config).eval()
     model.load_state_dict(torch_state(checkpoint, "model.", "lm_head."))
     with torch.no_grad():
         return model(inputs_embeds=torch.from_numpy(embeds)).logits.numpy()
@@ -93,7 +93,7 @@ def test_visual_graph_equals_clip_and_projector(tmp_path):
     pixels = np.random.default_rng(0).standard_normal((3, 3, 28, 28)).astype(np.float32)
     model = trace_visual(checkpoint, torch.float32)
     features = run(checkpoint, model, pixel_values=pixels)
-    tower = CLIPVisionModel(checkpoint.vision_config).eval()
+    tower = CLIPVisionModel(checkpoint.spec.vision_config).eval()
     prefixes = tuple({name.split(".")[0] for name in tower.state_dict()})
     tower.load_state_dict(torch_state(checkpoint, *(f"{prefix}." for prefix in prefixes)))
     first, second = torch.nn.Linear(8, 64), torch.nn.Linear(64, 64)
@@ -103,7 +103,7 @@ def test_visual_graph_equals_clip_and_projector(tmp_path):
     with torch.no_grad():
         states = tower(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
         expected = projector(states[-2][:, 1:]).numpy()
-    assert features.shape == (3, checkpoint.num_image_tokens, 64)
+    assert features.shape == (3, checkpoint.spec.num_image_tokens, 64)
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -309,8 +309,10 @@ def test_no_chat_template(words):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param("{", r"tokenizer_config\.json is not JSON: .*Copy it", id="not JSON"),
-        pytest.param("[]", r"holds a JSON list, expected an object\. Copy it", id="list"),
+        pytest.param(
+            "{", r"tokenizer_config\.json cannot be read as .*Restore", id="not JSON"
+        ),
+        pytest.param("[]", r"holds a JSON list, expected an object\. Restore", id="list"),
     ],
 )
 def test_broken_config(words, content, message):

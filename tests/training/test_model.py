@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from golden import DATA
+from golden import DATA, golden_shapes
 from training_factory import (
     PREDICTOR_SIZES,
     assert_session_equals_training,
@@ -21,8 +21,11 @@ from training_factory import (
 )
 
 from dllava_export.checkpoints.checkpoint import read_checkpoint
-from dllava_export.families.module_shapes import _predictor_shapes
-from dllava_export.families.predictor_modules import sample_keep_mask
+from dllava_export.families.predictors import (
+    ImagePredictor,
+    OutputTextPredictor,
+    sample_keep_mask,
+)
 from dllava_export.training import TrainingSettings
 from dllava_export.training.data import Batch
 from dllava_export.training.masked_attention import masked_softmax
@@ -108,13 +111,12 @@ def test_predictors_have_the_official_parameters(folder):
         for name, parameter in model.named_parameters()
         if "predictor" in name
     }
-    assert shapes == _predictor_shapes(model._predictors, 64)
+    golden = golden_shapes("mha")
+    assert shapes == {name: golden[name] for name in golden if "predictor" in name}
 
 
 def test_official_sizes_have_the_official_number_of_parameters(folder):
     config = resolve_predictors(TrainingSettings(), read_checkpoint(plain_llava(folder)))
-    from dllava_export.families.predictor_modules import ImagePredictor, OutputTextPredictor
-
     with torch.device("meta"):
         counts = [
             sum(p.numel() for p in cls(4096, config).parameters())
@@ -367,10 +369,10 @@ def test_settings_that_do_not_fit_the_checkpoint_are_refused(folder, changes, me
 
 def test_settings_left_out_are_those_of_the_checkpoint(folder):
     checkpoint = read_checkpoint(dynamic_llava(folder))
-    assert resolve_predictors(TrainingSettings(), checkpoint) == checkpoint.sparse_config
+    assert resolve_predictors(TrainingSettings(), checkpoint) == checkpoint.spec.predictors
     changed = resolve_predictors(
         TrainingSettings(image_keep_rate=0.5, use_output_text_predictor=False), checkpoint
     )
     assert changed == dataclasses.replace(
-        checkpoint.sparse_config, vision_keep_rate=0.5, has_output_text=False
+        checkpoint.spec.predictors, vision_keep_rate=0.5, has_output_text=False
     )

@@ -117,9 +117,9 @@ def test_the_checkpoint_has_the_official_layout(folder, trained):
     found = weights(report.folder)
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in official.items()}
     checkpoint = read_checkpoint(report.folder)
-    assert checkpoint.layout == "dynamic-llava"
+    assert checkpoint.spec.layout == "dynamic-llava"
     assert checkpoint.has_tokenizer
-    assert checkpoint.sparse_config.sparse_layer == 2
+    assert checkpoint.spec.predictors.sparse_layer == 2
     assert (report.folder / "preprocessor_config.json").is_file()
     assert not (report.folder / "training_state.pt").exists()
 
@@ -252,15 +252,15 @@ def test_predictors_alone_leave_the_model_as_it_was(folder, data, tmp_path):
 def test_predictors_of_a_checkpoint_keep_their_settings(folder, data, tmp_path):
     checkpoint = dynamic_llava(folder)
     report = train(folder, tmp_path / "out", data, checkpoint=checkpoint, steps=1)
-    assert read_checkpoint(report.folder).sparse_config == (
-        read_checkpoint(checkpoint).sparse_config
+    assert read_checkpoint(report.folder).spec.predictors == (
+        read_checkpoint(checkpoint).spec.predictors
     )
 
 
 def test_an_image_predictor_alone(folder, data, tmp_path):
     report = train(folder, tmp_path / "out", data, steps=1, use_output_text_predictor=False)
     assert report.final.text_keep_rate is None
-    assert not read_checkpoint(report.folder).sparse_config.has_output_text
+    assert not read_checkpoint(report.folder).spec.predictors.has_output_text
     assert "answer tokens" not in report.to_text()
 
 
@@ -282,8 +282,8 @@ def test_a_plain_llava_is_trained_from_random_weights(folder, data, tmp_path):
     assert report.final.image_keep_rate is None
     assert "kept" not in report.to_text()
     checkpoint = read_checkpoint(report.folder)
-    assert (checkpoint.layout, checkpoint.has_predictors) == ("llava", False)
-    assert checkpoint.image_aspect_ratio == "pad"
+    assert (checkpoint.spec.layout, checkpoint.has_predictors) == ("llava", False)
+    assert checkpoint.spec.image_aspect_ratio == "pad"
 
 
 def test_a_llava_hf_checkpoint_becomes_an_official_one(tmp_path):
@@ -295,9 +295,9 @@ def test_a_llava_hf_checkpoint_becomes_an_official_one(tmp_path):
     settings = TrainingSettings(steps=1, batch_size=1, freeze_model=True, **sizes)
     report = train_predictors(tmp_path / "hf", data, tmp_path / "out", settings)
     before, after = read_checkpoint(tmp_path / "hf"), read_checkpoint(report.folder)
-    assert after.layout == "dynamic-llava"
-    assert after.text_config.to_dict() == before.text_config.to_dict()
-    assert after.vision_config.to_dict() == before.vision_config.to_dict()
+    assert after.spec.layout == "dynamic-llava"
+    assert after.spec.text_config.to_dict() == before.spec.text_config.to_dict()
+    assert after.spec.vision_config.to_dict() == before.spec.vision_config.to_dict()
     assert after.config["rope_theta"] == 5000
     for name, source in before.tensors.items():
         assert np.array_equal(after.tensors[name].read(), source.read())

@@ -54,7 +54,7 @@ def test_a_checkpoint_that_is_not_there(bundles):
 def test_predictors_must_be_there(bundles, tmp_path):
     checkpoint_factory.make_checkpoint(tmp_path / "plain", "llava")
     manifest = read_manifest(bundles.path("mha"), verify=False)
-    config = read_checkpoint(str(tmp_path / "plain")).text_config
+    config = read_checkpoint(str(tmp_path / "plain")).spec.text_config
     geometry = dataclasses.replace(
         manifest.geometry,
         num_layers=config.num_hidden_layers,

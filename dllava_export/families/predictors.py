@@ -11,7 +11,13 @@ from torch.nn import functional
 
 from dllava_export.geometry import PredictorConfig
 
-__all__ = ["ImagePredictor", "OutputTextPredictor", "init_predictor", "sample_keep_mask"]
+__all__ = [
+    "ImagePredictor",
+    "OutputTextPredictor",
+    "Predictors",
+    "init_predictor",
+    "sample_keep_mask",
+]
 
 _INIT_STD = 0.02
 
@@ -114,6 +120,24 @@ class OutputTextPredictor(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [..., 2], float32, of hidden [..., hidden_size]; column 0 is keep."""
         return self.output_mlp(hidden)
+
+
+class Predictors(nn.Module):
+    """The predictors that a configuration asks for, under their canonical names.
+
+    Attributes:
+        image_predictor: None where images are kept whole.
+        output_text_predictor: None where answers are kept whole.
+    """
+
+    def __init__(self, hidden_size: int, config: PredictorConfig) -> None:
+        super().__init__()
+        self.image_predictor = (
+            ImagePredictor(hidden_size, config) if config.use_vision_predictor else None
+        )
+        self.output_text_predictor = (
+            OutputTextPredictor(hidden_size, config) if config.has_output_text else None
+        )
 
 
 def init_predictor(predictor: nn.Module, generator: torch.Generator) -> None:

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from dllava_export import names
+from dllava_export.families.family import Renames, Traceable
+from dllava_export.families.registry import get_family
+
+RENAMES = Renames(
+    (
+        ("model.", "model."),
+        ("model.tower.old.", ""),
+        ("model.tower.", ""),
+        ("model.proj.", "projector."),
+    ),
+    ignored=re.compile(r"model\.text\."),
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        pytest.param("model.norm.weight", "model.norm.weight", id="shortest prefix"),
+        pytest.param("model.proj.0.bias", "projector.0.bias", id="longer prefix"),
+        pytest.param("model.tower.old.a", "a", id="longest prefix"),
+    ],
+)
+def test_renames_lead_there_and_back(key, name):
+    assert RENAMES.canonical(key) == name
+    assert RENAMES.stored(name) == key
+
+
+def test_second_spelling_is_understood_and_the_first_is_given():
+    assert RENAMES.canonical("model.tower.a") == "a"
+    assert RENAMES.stored("a") == "model.tower.old.a"
+
+
+def test_key_without_a_name():
+    assert RENAMES.canonical("lm_head.weight") is None
+    assert Renames((("x.", "y."),)).stored("z.weight") == "z.weight"
+
+
+def test_ignored_keys():
+    assert RENAMES.is_ignored("model.text.a")
+    assert not RENAMES.is_ignored("model.a")
+    assert not Renames(()).is_ignored("model.text.a")
+
+
+def test_shapes_are_those_of_the_module_under_canonical_names():
+    module = torch.nn.Linear(3, 2, device="meta")
+    traceable = Traceable(module, (), {}, (), canonical=lambda name: f"projector.0.{name}")
+    assert traceable.shapes() == {"projector.0.weight": (2, 3), "projector.0.bias": (2,)}
+
+
+def test_every_feature_of_an_image_is_a_row_of_kind_image():
+    features = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    rows = get_family("llava").image_rows(features)
+    np.testing.assert_array_equal([row.features for row in rows], features)
+    assert [row.token_kind.tolist() for row in rows] == [[names.IMAGE] * 3] * 2
