@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         evaluate,
         export,
         inspect,
-        load,
         plan,
         sparsify,
         train_predictors,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     )
     from dllava_export.errors import DllavaExportError
     from dllava_export.runtime.chat import Chat
+    from dllava_export.runtime.loading import load
     from dllava_export.runtime.results import Generation, Piece
     from dllava_export.runtime.session import Session
     from dllava_export.sparsity import Sparsity
@@ -63,6 +63,7 @@ _HOMES = {
     "Piece": "runtime.results",
     "Session": "runtime.session",
     "Sparsity": "sparsity",
+    "load": "runtime.loading",
 }
 
 

@@ -7,10 +7,11 @@ are fields of the dataclass that its documentation names.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
+from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.extras import missing_packages_explained
 from dllava_export.settings import settings_from
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from dllava_export.evaluation.answer_trace import AnswerTrace
     from dllava_export.evaluation.report import EvaluationReport
     from dllava_export.exporting.report import ExportReport
-    from dllava_export.runtime.session import Session
     from dllava_export.training.loop import TrainingReport
     from dllava_export.validation.report import ValidationReport
 
@@ -32,7 +32,6 @@ __all__ = [
     "evaluate",
     "export",
     "inspect",
-    "load",
     "plan",
     "sparsify",
     "train_predictors",
@@ -186,39 +185,6 @@ def sparsify(
     return sparsify_decoder(dense, out, options, predictors=predictors, progress=progress)
 
 
-def load(
-    bundle: StrPath,
-    backend: str = "onnxruntime",
-    *,
-    max_length: int | None = None,
-    verify: bool = True,
-    **options: Any,
-) -> Session:
-    """Open a bundle to answer prompts with it.
-
-    Args:
-        bundle: The bundle.
-        backend: What runs it: `onnxruntime`, or `tensorrt` or `tensorrt-rtx` for engines that
-            `build` made, or one that another package adds.
-        max_length: Largest number of tokens, prompt and answer together, that a sample may
-            have; by default what the model was made for, or the capacity of its engines.
-        verify: Compare the files with the digests in the manifest.
-        **options: The backend's own: `provider` ("cpu" or "cuda") and `num_threads` of ONNX
-            Runtime, `cuda_graph` of TensorRT.
-
-    Returns:
-        A session; use it as a context manager, or close it.
-
-    Raises:
-        BackendError: If there is no such backend or option, or it cannot run the bundle.
-        BundleError: If the bundle is incomplete, changed, or of another schema version.
-        SettingError: If `max_length` is not positive.
-    """
-    from dllava_export.runtime.loading import open_session
-
-    return open_session(bundle, backend, max_length=max_length, verify=verify, **options)
-
-
 @_public
 def build(
     bundle: StrPath,
@@ -249,9 +215,8 @@ def build(
     """
     from dllava_export.backends.registry import BACKENDS
 
-    return BACKENDS.get(backend).build(
-        Path(bundle), settings, dry_run=dry_run, progress=progress
-    )
+    factory = BACKENDS.get(backend)
+    return factory.build(Path(bundle), settings, dry_run=dry_run, progress=progress)
 
 
 @_public
@@ -290,6 +255,8 @@ def evaluate(
     data: StrPath,
     *,
     image_folder: StrPath | None = None,
+    backend: str = DEFAULT_BACKEND,
+    backend_options: Mapping[str, Any] | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> EvaluationReport:
@@ -300,6 +267,8 @@ def evaluate(
         data: LLaVA's JSON of conversations about images, or a question file whose records have
             an answer.
         image_folder: What names of images start from; the folder of `data` by default.
+        backend: As `load` takes it.
+        backend_options: The backend's own, as `load` takes them.
         progress: Show a progress bar on stderr.
         **settings: Fields of `EvaluationSettings`.
 
@@ -319,7 +288,13 @@ def evaluate(
     folders = [bundles] if isinstance(bundles, str | Path) else bundles
     chosen = settings_from(EvaluationSettings, settings)
     return evaluate_bundles(
-        folders, data, chosen, image_folder=image_folder, progress=progress
+        folders,
+        data,
+        chosen,
+        image_folder=image_folder,
+        backend=backend,
+        progress=progress,
+        **(backend_options or {}),
     )
 
 
@@ -406,7 +381,7 @@ def visualize(
     image: str | None = None,
     input_ids: Sequence[int] | None = None,
     max_new_tokens: int = 128,
-    backend: str = "onnxruntime",
+    backend: str = DEFAULT_BACKEND,
     **options: Any,
 ) -> AnswerTrace:
     """Answer a prompt and draw what was kept: patches, scores, generated tokens, cache lengths.

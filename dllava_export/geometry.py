@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from dllava_export.errors import SettingError
+
 __all__ = ["Geometry", "PredictorConfig", "PredictorGeometry"]
 
 
@@ -81,15 +83,15 @@ class PredictorConfig:
         for name in ("d_model", "nhead", "dim_feedforward", "num_layers", "sparse_layer"):
             value = getattr(self, name)
             if not (type(value) is int and value >= 1):
-                raise ValueError(
+                raise SettingError(
                     f"{name} must be a whole number of at least 1, got {value!r}."
                 )
         if self.d_model % self.nhead or self.d_model % 4:
-            raise ValueError(
+            raise SettingError(
                 f"d_model must be a multiple of nhead ({self.nhead}) and of 4, "
                 f"got {self.d_model}."
             )
         for name in ("vision_keep_rate", "output_text_keep_rate"):
             rate = getattr(self, name)
             if type(rate) not in (int, float) or not 0 < rate <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {rate!r}.")
+                raise SettingError(f"{name} must be in (0, 1], got {rate!r}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from dllava_export.errors import SettingError
 from dllava_export.passes.policies.registry import (
     NO_POLICY,
     built_in_policy,
@@ -26,7 +27,7 @@ def num_kept_tokens(num_image_tokens: int, keep_rate: float) -> int:
 
 def _check_rate(name: str, rate: float) -> None:
     if not (isinstance(rate, int | float) and math.isfinite(rate) and 0 < rate <= 1):
-        raise ValueError(f"{name} must be in (0, 1], got {rate}.")
+        raise SettingError(f"{name} must be in (0, 1], got {rate}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +58,14 @@ class Sparsity:
 
     def __post_init__(self) -> None:
         if self.sparse_layer < 1:
-            raise ValueError(
+            raise SettingError(
                 f"sparse_layer must be at least 1, got {self.sparse_layer}: "
                 "the predictors read the output of an earlier layer."
             )
         _check_rate("image_keep_rate", self.image_keep_rate)
         _check_rate("output_text_keep_rate", self.output_text_keep_rate)
         if self.image_keep_tokens is not None and self.image_keep_tokens < 1:
-            raise ValueError(
+            raise SettingError(
                 f"image_keep_tokens must be at least 1, got {self.image_keep_tokens}."
             )
         self._normalise()
@@ -84,7 +85,7 @@ class Sparsity:
     def _check_text_policy(self) -> None:
         policy = built_in_policy(self.text_policy)
         if policy is not None and not policy.decides_text:
-            raise ValueError(
+            raise SettingError(
                 f"policy {policy.name!r} ranks image tokens and has no decision for a single "
                 f"generated token, but output_text_keep_rate is {self.output_text_keep_rate}. "
                 "Use output_text_keep_rate 1.0, or an output_text_policy: "
@@ -117,7 +118,7 @@ class Sparsity:
         """Return how many of `num_image_tokens` survive; 0 of 0, where there is no image.
 
         Raises:
-            ValueError: If that would be none, or more than there are.
+            SettingError: If that would be none, or more than there are.
         """
         if self.is_dense or num_image_tokens == 0:
             return num_image_tokens
@@ -126,7 +127,7 @@ class Sparsity:
         else:
             kept = self.image_keep_tokens
         if not 1 <= kept <= num_image_tokens:
-            raise ValueError(
+            raise SettingError(
                 f"{kept} of {num_image_tokens} image tokens would be kept, expected 1 to "
                 f"{num_image_tokens}. Change the image keep rate or the number of kept tokens."
             )

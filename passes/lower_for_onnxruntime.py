@@ -22,7 +22,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from dllava_export import names
-from dllava_export.errors import PostconditionError
+from dllava_export.errors import PostconditionError, SettingError
 from dllava_export.passes.base import Pass
 from dllava_export.passes.graph_builder import GraphBuilder
 from dllava_export.passes.patterns import is_transpose, producer
@@ -47,7 +47,7 @@ class LowerForOnnxRuntimePass(Pass):
     def __post_init__(self) -> None:
         """Check the provider."""
         if self.provider not in _PROVIDERS:
-            raise ValueError(
+            raise SettingError(
                 f"provider must be one of {', '.join(_PROVIDERS)}, got {self.provider!r}."
             )
 

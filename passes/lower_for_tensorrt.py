@@ -24,7 +24,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from dllava_export import names
-from dllava_export.errors import PostconditionError, PreconditionError
+from dllava_export.errors import PostconditionError, PreconditionError, SettingError
 from dllava_export.passes.base import Pass
 from dllava_export.passes.graph_builder import GraphBuilder, replace_value
 
@@ -53,7 +53,7 @@ class LowerForTensorRTPass(Pass):
     def __post_init__(self) -> None:
         for group, rows in self.capacities.items():
             if rows < 1:
-                raise ValueError(f"{names.capacity(group)} must be at least 1, got {rows}.")
+                raise SettingError(f"{names.capacity(group)} must be at least 1, got {rows}.")
 
     def requires(self, graph: gs.Graph) -> None:
         """Attention nodes must be of the form that this toolkit writes."""

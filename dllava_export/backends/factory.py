@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -113,12 +113,20 @@ class BackendFactory(abc.ABC):
     def status(self, gpus: tuple[Gpu, ...]) -> BackendStatus:
         """Say what the backend can do on this machine; raises nothing."""
 
-    def build(self, folder: Path, options: Any, *, progress: bool = False) -> Any:
+    def build(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        *,
+        dry_run: bool = False,
+        progress: bool = False,
+    ) -> Any:
         """Build engines of a bundle, beside its graphs.
 
         Args:
             folder: The bundle.
-            options: `build_options.BuildOptions`, or what the backend has in its place.
+            settings: Fields of the backend's build options.
+            dry_run: Work out what would be built; the backend need not be installed.
             progress: Show a progress bar on stderr.
 
         Returns:

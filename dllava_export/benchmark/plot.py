@@ -25,7 +25,7 @@ def plot_geometry(result: GeometryResult, path: Path) -> None:
 
     Raises:
         InvalidInputError: If the file cannot be written.
-        ValueError: If the suffix is another.
+        SettingError: If the suffix is another.
     """
     from matplotlib.figure import Figure
 

@@ -96,7 +96,7 @@ def make_random_model(
     """
     from dllava_export.checkpoints.checkpoint import random_checkpoint
     from dllava_export.checkpoints.files import read_tensors
-    from dllava_export.exporting.exporter import export
+    from dllava_export.exporting.exporter import export_checkpoint
 
     config = folder / "config.json"
     _write_json(config, _checkpoint_config(geometry, settings))
@@ -112,7 +112,7 @@ def make_random_model(
     if geometry.ties_embeddings:
         stored[names.LM_HEAD] = stored[names.TOKEN_EMBEDDING]
     tensors = checkpoint.tensors | stored | read_tensors(predictor)
-    export(dataclasses.replace(checkpoint, tensors=tensors), model.bundle)
+    export_checkpoint(dataclasses.replace(checkpoint, tensors=tensors), model.bundle)
     model.scratch.mkdir()
     return model
 

@@ -136,7 +136,7 @@ def read_checkpoint(
     Raises:
         CheckpointError: If the checkpoint is not found, damaged or incomplete.
         UnsupportedModelError: If it is a model of another kind.
-        ValueError: If `num_decoder_layers` is not in 1..num_hidden_layers.
+        SettingError: If `num_decoder_layers` is not in 1..num_hidden_layers.
     """
     path = resolve_folder(location)
     config = read_json(path / "config.json", "a checkpoint")
@@ -174,7 +174,7 @@ def random_checkpoint(
     Raises:
         CheckpointError: If the configuration is not found or incomplete.
         UnsupportedModelError: If it is a model of another kind.
-        ValueError: If `num_decoder_layers` is not in 1..num_hidden_layers.
+        SettingError: If `num_decoder_layers` is not in 1..num_hidden_layers.
     """
     file = Path(config_json)
     config = read_json(file, "a folder with a configuration")

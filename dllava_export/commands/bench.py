@@ -82,8 +82,7 @@ def bench(
 
     With --suite, measure this toolkit beside its peers instead.
     """
-    from dllava_export.benchmark.bench import run_bench
-    from dllava_export.benchmark.bench_settings import BenchSettings
+    from dllava_export import api
     from dllava_export.reporting.output_files import write_text
 
     progress = ctx.obj["progress"]
@@ -96,7 +95,9 @@ def bench(
             "Give a BUNDLE to time, or --suite, which makes models of its own; --out belongs to "
             "--suite."
         )
-    settings = BenchSettings(
+    report = api.bench(
+        bundle,
+        progress=progress,
         prompt_text_len=values["prompt_len"],
         decode_lengths=_parse_lengths(decode_lengths),
         batch_size=values["batch_size"],
@@ -104,7 +105,6 @@ def bench(
         rounds=values["rounds"],
         backend=values["backend"],
     )
-    report = run_bench(bundle, settings, progress=progress)
     click.echo(report.to_text())
     if json_file is not None:
         write_text(json_file, json.dumps(report.to_json(), indent=2) + "\n")

@@ -104,18 +104,12 @@ def build(
     hold the vision tower and the decoder without KV cache. They land in
     BUNDLE/engines/BACKEND with a config.json that says what they take.
     """
-    from dllava_export.backends.trt.build.build_engines import build_engines
-    from dllava_export.backends.trt.build.build_options import BuildOptions
-    from dllava_export.backends.trt.build.build_plan import plan_build
+    from dllava_export import api
     from dllava_export.backends.trt.build.profile_shapes import ShapeOverrides, parse_shapes
-    from dllava_export.bundles.manifest import read_manifest
 
     texts = (min_shapes, opt_shapes, max_shapes)
     overrides = ShapeOverrides(*(parse_shapes(text) if text else {} for text in texts))
-    settings = BuildOptions(overrides=overrides, **options)
-    result: Any
-    if dry_run:
-        result = plan_build(bundle, read_manifest(bundle), settings)
-    else:
-        result = build_engines(bundle, settings, progress=obj["progress"])
+    result = api.build(
+        bundle, dry_run=dry_run, progress=obj["progress"], overrides=overrides, **options
+    )
     click.echo(json.dumps(result.to_json(), indent=2) if as_json else result.to_text())

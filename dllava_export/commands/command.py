@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from dllava_export.errors import DllavaExportError
+from dllava_export.extras import missing_packages_explained
 from dllava_export.reporting.resources import ResourceUsage, measure_resources
 
 __all__ = ["Command"]
@@ -57,10 +58,9 @@ class Command(click.Command):
 
     def _invoke_with_messages(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except (DllavaExportError, ValueError) as error:
-            if isinstance(error, ValueError) and not _is_ours(error):
-                raise
+            with missing_packages_explained(ctx.command_path):
+                return super().invoke(ctx)
+        except DllavaExportError as error:
             message = " ".join([str(error), *(f"({note})" for note in _notes(error))])
             raise click.ClickException(message) from error
 
@@ -75,16 +75,6 @@ def _show_usage(ctx: click.Context, usage: ResourceUsage) -> None:
         click.echo(usage.stages_text(), err=True)
     if not ctx.find_root().params.get("quiet"):
         click.echo(f"{ctx.info_name} {usage.to_text()}", err=True)
-
-
-def _is_ours(error: ValueError) -> bool:
-    """True for a setting that this package refused: the error was raised in its own code."""
-    traceback = error.__traceback__
-    module = ""
-    while traceback is not None:
-        module = traceback.tb_frame.f_globals.get("__name__", "")
-        traceback = traceback.tb_next
-    return module.startswith("dllava_export")
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -92,18 +92,17 @@ def evaluate(
     DATA is LLaVA's JSON of conversations about images, or a question file whose records have an
     answer. An answer is right if it is the truth, letter case and white space aside.
     """
-    from dllava_export.evaluation.evaluate import evaluate as evaluate_bundles
-    from dllava_export.evaluation.settings import EvaluationSettings
+    from dllava_export import api
     from dllava_export.reporting.output_files import write_text
 
-    report = evaluate_bundles(
+    report = api.evaluate(
         bundles,
         data,
-        EvaluationSettings(**settings),
         image_folder=image_folder,
         backend=backend,
+        backend_options=given_backend_options(),
         progress=obj["progress"],
-        **given_backend_options(),
+        **settings,
     )
     if show_answers is not None:
         click.echo(report.answers_text(show_answers))

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from dllava_export.commands.command import Command
-from dllava_export.commands.options import sparsity_from, sparsity_options
+from dllava_export.commands.options import check_keep, sparsity_options
+from dllava_export.precision import NUMBER_FORMATS
 
 __all__ = ["export"]
 
@@ -25,7 +26,7 @@ __all__ = ["export"]
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
+    type=click.Choice(list(NUMBER_FORMATS)),
     help="Weights and activations; predictors always compute in fp32."
     "  [default: the checkpoint's; fp16 for bf16 ones]",
 )
@@ -50,14 +51,17 @@ def export(
     Reads original LLaVA-1.5, Dynamic-LLaVA and llava-hf checkpoints. Weights are hard-linked
     where possible, so that a bundle costs next to no disk space.
     """
-    options = sparsity_from(sparsity)
+    check_keep(sparsity)
 
-    from dllava_export.checkpoints.checkpoint import random_checkpoint, read_checkpoint
-    from dllava_export.exporting.exporter import export as export_bundle
-    from dllava_export.reporting.resources import stage
+    from dllava_export import api
 
-    read = random_checkpoint if random_weights else read_checkpoint
-    with stage("reading headers"):
-        source = read(checkpoint, num_decoder_layers=num_decoder_layers)
-    report = export_bundle(source, out, options, precision=precision, progress=obj["progress"])
+    report = api.export(
+        checkpoint,
+        out,
+        random_weights=random_weights,
+        precision=precision,
+        num_decoder_layers=num_decoder_layers,
+        progress=obj["progress"],
+        **sparsity,
+    )
     click.echo(report.to_text())

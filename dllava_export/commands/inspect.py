@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -51,24 +50,11 @@ def inspect(
     plot: Path | None,
 ) -> None:
     """Say what BUNDLE is: passes, rows per layer, KV bytes and FLOPs, dense against sparse."""
-    from dllava_export.bundles.layout import DECODER
-    from dllava_export.bundles.manifest import read_manifest
-    from dllava_export.cost.inspection import inspect_geometry
+    from dllava_export import api
     from dllava_export.cost.inspection_plot import plot_report
-    from dllava_export.reporting.resources import stage
 
-    with stage("checking the bundle"):
-        manifest = read_manifest(bundle)
-    geometry = manifest.geometry
-    if image_tokens is not None:
-        geometry = dataclasses.replace(geometry, num_image_tokens=image_tokens)
-    report = inspect_geometry(
-        geometry,
-        manifest.sparsity,
-        manifest.precision,
-        prompt_text_len=prompt_len,
-        output_len=output_len,
-        passes=manifest.passes[DECODER],
+    report = api.inspect(
+        bundle, prompt_len=prompt_len, output_len=output_len, image_tokens=image_tokens
     )
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.to_text())
     if plot is not None:

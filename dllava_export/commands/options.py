@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ __all__ = [
     "backend_choice",
     "backend_options",
     "check_folder",
+    "check_keep",
     "given_backend_options",
     "parse_ids",
-    "sparsity_from",
     "sparsity_options",
 ]
 
@@ -144,17 +144,14 @@ def given_backend_options() -> dict[str, Any]:
     return dict(click.get_current_context().meta.get(_GIVEN, {}))
 
 
-def sparsity_from(values: dict[str, Any]) -> Any:
-    """Return the `SparsityOptions` that the options of `sparsity_options` say.
+def check_keep(sparsity: Mapping[str, Any]) -> None:
+    """Refuse two ways of saying how many image tokens are kept.
 
     Raises:
         click.UsageError: If both a rate and a number are given.
     """
-    from dllava_export.exporting.options import SparsityOptions
-
-    if values["image_keep_rate"] is not None and values["image_keep_tokens"] is not None:
+    if sparsity["image_keep_rate"] is not None and sparsity["image_keep_tokens"] is not None:
         raise click.UsageError("Give --image-keep-rate or --image-keep-tokens, not both.")
-    return SparsityOptions(**values)
 
 
 def check_folder(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:

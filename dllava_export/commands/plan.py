@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -66,26 +67,21 @@ def _parse_memory(_: click.Context, __: click.Parameter, value: str) -> int:
 )
 def plan(
     bundle: Path,
-    gpu_memory: int,
-    max_input_len: int,
-    max_new_tokens: int,
-    batch_size: int,
-    image_tokens: int | None,
     as_json: bool,
     plot: Path | None,
+    **request: Any,
 ) -> None:
     """Plan BUNDLE on a GPU: cache capacities, memory, largest batch; dense against sparse.
 
     Nothing is run: weights and caches are exact, activations are estimated from the graphs.
     """
-    from dllava_export.cost.planning import PlanRequest, plan_memory
+    from dllava_export import api
     from dllava_export.cost.planning_plot import plot_plan
     from dllava_export.reporting.output_files import check_plot_format
 
     if plot is not None:
         check_plot_format(plot)
-    request = PlanRequest(gpu_memory, max_input_len, max_new_tokens, batch_size, image_tokens)
-    report = plan_memory(bundle, request)
+    report = api.plan(bundle, **request)
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.to_text())
     if plot is not None:
         plot_plan(report, plot)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dllava_export.commands.command import Command
-from dllava_export.commands.options import sparsity_from, sparsity_options
+from dllava_export.commands.options import check_keep, sparsity_options
 
 __all__ = ["sparsify"]
 
@@ -32,11 +32,11 @@ def sparsify(
 
     DENSE is a bundle, or the ONNX file of a dense decoder that any exporter wrote.
     """
-    options = sparsity_from(sparsity)
+    check_keep(sparsity)
 
-    from dllava_export.exporting.sparsifier import sparsify as sparsify_decoder
+    from dllava_export import api
 
-    report = sparsify_decoder(
-        dense, out, options, predictors=predictors, progress=obj["progress"]
+    report = api.sparsify(
+        dense, out, predictors=predictors, progress=obj["progress"], **sparsity
     )
     click.echo(report.to_text())

@@ -10,6 +10,7 @@ import click
 
 from dllava_export.commands.command import Command
 from dllava_export.commands.options import RATE
+from dllava_export.precision import NUMBER_FORMATS
 
 __all__ = ["train_predictors"]
 
@@ -77,7 +78,7 @@ def _training_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--seed", type=click.IntRange(min=0), default=0),
         click.option(
             "--precision",
-            type=click.Choice(["fp32", "fp16", "bf16"]),
+            type=click.Choice(list(NUMBER_FORMATS)),
             help="Of the checkpoint written.  [default: the checkpoint's]",
         ),
         click.option(
@@ -142,16 +143,16 @@ def train_predictors(
     at random. DATA is LLaVA's JSON of conversations about images. Language model and projector
     are trained along unless --freeze-model is given. OUT holds the log and a plot of it too.
     """
-    from dllava_export import training
+    from dllava_export import api
 
-    report = training.train_predictors(
+    report = api.train_predictors(
         checkpoint,
         data,
         out,
-        training.TrainingSettings(**settings),
         image_folder=image_folder,
         on_bad_record=on_bad_record,
         resume=resume,
         progress=obj["progress"],
+        **settings,
     )
     click.echo(report.to_text())

@@ -122,22 +122,23 @@ def validate(
     A token kept by one side alone is an error, unless its score is a near-tie (--margin). What
     follows a difference in kept tokens is measured too, not judged.
     """
+    from dllava_export import api
     from dllava_export.reporting.output_files import check_plot_format, write_text
-    from dllava_export.validation.settings import ValidationSettings
-    from dllava_export.validation.validate import validate as validate_bundle
 
     if (settings["against"] == "torch") != (settings["checkpoint"] is not None):
         raise click.UsageError("--against torch and --checkpoint go together.")
     if plot is not None:
         check_plot_format(plot)
-    chosen = ValidationSettings(**settings, backend_options=given_backend_options())
+    settings["backend_options"] = given_backend_options()
     if save_inputs is not None:
         from dllava_export.validation.graph_inputs import save_graph_inputs
+        from dllava_export.validation.settings import ValidationSettings
 
+        chosen = ValidationSettings(**settings)
         # Before the comparison: they are wanted most where that one fails.
         saved = save_graph_inputs(bundle, save_inputs, chosen, image=image, prompt=prompt)
         click.echo(f"{saved.to_text()}\n")
-    report = validate_bundle(bundle, chosen, image=image, prompt=prompt)
+    report = api.validate(bundle, image=image, prompt=prompt, **settings)
     click.echo(report.to_text())
     if json_file is not None:
         write_text(json_file, json.dumps(report.to_json(), indent=2) + "\n")

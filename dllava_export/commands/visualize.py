@@ -52,13 +52,11 @@ def visualize(
     if (prompt is None) == (input_ids is None):
         raise click.UsageError("Give either --prompt or --input-ids, one of the two.")
 
-    from dllava_export.evaluation.answer_trace import trace_answer
-    from dllava_export.evaluation.picture import draw
-    from dllava_export.reporting.output_files import check_plot_format
+    from dllava_export import api
 
-    check_plot_format(output)
-    trace = trace_answer(
+    api.visualize(
         bundle,
+        output,
         image=image,
         prompt=prompt,
         input_ids=input_ids,
@@ -66,5 +64,4 @@ def visualize(
         backend=backend,
         **given_backend_options(),
     )
-    draw(trace, output)
     click.echo(f"Drew {output}")

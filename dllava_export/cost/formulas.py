@@ -10,6 +10,7 @@ from typing import Any
 from dllava_export import names
 from dllava_export.backends.cache_groups import CacheGroup, cache_groups
 from dllava_export.backends.kv_plan import bytes_per_row
+from dllava_export.errors import SettingError
 from dllava_export.geometry import Geometry
 from dllava_export.passes.policies.registry import get_policy
 from dllava_export.precision import Precision
@@ -65,7 +66,7 @@ def rows_per_layer(geometry: Geometry, sparsity: Sparsity, prompt_text_len: int)
     P - num_image_tokens + num_kept from it on.
 
     Raises:
-        ValueError: If `sparse_layer` is not a layer of the model, or no image token or more
+        SettingError: If `sparse_layer` is not a layer of the model, or no image token or more
             than all would be kept.
     """
     num_image_tokens = geometry.num_image_tokens
@@ -124,11 +125,11 @@ def exact_flops(
         output_len: Generated tokens, at least 1.
 
     Raises:
-        ValueError: If `output_len` is below 1, a policy is not known or needs a predictor that
+        SettingError: If `output_len` is below 1, a policy is not known or needs a predictor that
             the geometry lacks, or the settings do not fit the model.
     """
     if output_len < 1:
-        raise ValueError(f"output_len must be at least 1, got {output_len}.")
+        raise SettingError(f"output_len must be at least 1, got {output_len}.")
     rows = rows_per_layer(geometry, sparsity, prompt_text_len)
     linear = _linear_flops_per_row(geometry)
     attention = 4 * geometry.num_heads * geometry.head_dim  # per pair of rows
@@ -182,7 +183,7 @@ def kv_bytes(
         One entry per cache group; a dense decoder has a single one.
 
     Raises:
-        ValueError: If the settings do not fit the model.
+        SettingError: If the settings do not fit the model.
     """
     rows = rows_per_layer(geometry, sparsity, prompt_text_len)
     stored = {names.FULL: output_len, names.SPARSE: output_len}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from dllava_export.bundles.layout import DECODER
+from dllava_export.bundles.manifest import read_manifest
 from dllava_export.cost.formulas import (
     ExactFlops,
     KVGroup,
@@ -23,9 +26,10 @@ from dllava_export.reporting.comparison_table import (
     compare,
     table_lines,
 )
+from dllava_export.reporting.resources import stage
 from dllava_export.sparsity import DENSE, Sparsity
 
-__all__ = ["InspectionReport", "inspect_geometry"]
+__all__ = ["InspectionReport", "inspect_bundle", "inspect_geometry"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +184,7 @@ def inspect_geometry(
         passes: Entries of the manifest, each with `name` and perhaps `parameters`.
 
     Raises:
-        ValueError: If the settings do not fit the model.
+        SettingError: If the settings do not fit the model.
     """
     settings = (DENSE, sparsity)
     rows = [rows_per_layer(geometry, setting, prompt_text_len) for setting in settings]
@@ -203,6 +207,40 @@ def inspect_geometry(
         flops=(flops[0], flops[1]),
         kv=(kv[0], kv[1]),
         passes=tuple(passes),
+    )
+
+
+def inspect_bundle(
+    folder: str | Path,
+    *,
+    prompt_text_len: int = 64,
+    output_len: int = 256,
+    num_image_tokens: int | None = None,
+) -> InspectionReport:
+    """Compare a bundle with its dense form.
+
+    Args:
+        folder: The bundle.
+        prompt_text_len: Text tokens of the prompt.
+        output_len: Generated tokens, at least 1.
+        num_image_tokens: Image tokens of the prompt; the bundle's by default.
+
+    Raises:
+        BundleError: If the bundle is incomplete, changed, or of another schema version.
+        SettingError: If the settings do not fit the model.
+    """
+    with stage("checking the bundle"):
+        manifest = read_manifest(Path(folder))
+    geometry = manifest.geometry
+    if num_image_tokens is not None:
+        geometry = dataclasses.replace(geometry, num_image_tokens=num_image_tokens)
+    return inspect_geometry(
+        geometry,
+        manifest.sparsity,
+        manifest.precision,
+        prompt_text_len=prompt_text_len,
+        output_len=output_len,
+        passes=manifest.passes[DECODER],
     )
 
 

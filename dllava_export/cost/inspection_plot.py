@@ -23,7 +23,7 @@ def plot_report(report: InspectionReport, path: str | os.PathLike[str]) -> None:
         path: Where to; the suffix .png, .svg or .pdf gives the format.
 
     Raises:
-        ValueError: If the suffix is another.
+        SettingError: If the suffix is another.
     """
     check_plot_format(path)
     from matplotlib.figure import Figure

@@ -20,6 +20,7 @@ from typing import Any
 from dllava_export.backends.kv_plan import KVPlan, plan_kv_cache
 from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.cost.graph_sizes import GraphSizes, Rows, graph_sizes, read_graphs
+from dllava_export.errors import SettingError
 from dllava_export.precision import FP32
 from dllava_export.reporting.byte_sizes import format_bytes
 from dllava_export.reporting.comparison_table import (
@@ -62,23 +63,21 @@ class PlanRequest:
         max_input_len: Tokens of the longest prompt, those of its image included.
         max_new_tokens: Tokens generated at most.
         batch_size: Samples at once.
-        num_image_tokens: Image tokens of a prompt; the bundle's where None.
+        image_tokens: Image tokens of a prompt; the bundle's where None.
     """
 
     gpu_memory: int
     max_input_len: int
     max_new_tokens: int
     batch_size: int = 1
-    num_image_tokens: int | None = None
+    image_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("gpu_memory", "max_input_len", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.num_image_tokens is not None and self.num_image_tokens < 0:
-            raise ValueError(
-                f"num_image_tokens must be at least 0, got {self.num_image_tokens}."
-            )
+                raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.image_tokens is not None and self.image_tokens < 0:
+            raise SettingError(f"image_tokens must be at least 0, got {self.image_tokens}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +212,7 @@ class MemoryPlan:
         """Return the plan as aligned plain text."""
         request = self.request
         lines = [
-            f"Request   {request.max_input_len} prompt tokens, {request.num_image_tokens} of "
+            f"Request   {request.max_input_len} prompt tokens, {request.image_tokens} of "
             f"them of an image, and {request.max_new_tokens} new ones; batch "
             f"{request.batch_size}",
             f"GPU       {format_bytes(request.gpu_memory)}",
@@ -282,14 +281,14 @@ def plan_memory(folder: str | Path, request: PlanRequest) -> MemoryPlan:
     Raises:
         BundleError: If the bundle is incomplete, changed, or of another schema version.
         UnsupportedModelError: If shapes of a graph are not known.
-        ValueError: If the lengths do not fit the model, or the memory not one sample.
+        SettingError: If the lengths do not fit the model, or the memory not one sample.
     """
     folder = Path(folder)
     with stage("checking the bundle"):
         manifest = read_manifest(folder)
     geometry = manifest.geometry
-    if request.num_image_tokens is None:
-        request = dataclasses.replace(request, num_image_tokens=geometry.num_image_tokens)
+    if request.image_tokens is None:
+        request = dataclasses.replace(request, image_tokens=geometry.num_image_tokens)
     num_image = _checked_image_tokens(manifest, request)
     num_kept = request.max_input_len - num_image
     num_kept += manifest.sparsity.num_kept_image_tokens(num_image)
@@ -351,17 +350,17 @@ def _estimate(
 
 
 def _checked_image_tokens(manifest: Manifest, request: PlanRequest) -> int:
-    num_image, num_input = request.num_image_tokens, request.max_input_len
+    num_image, num_input = request.image_tokens, request.max_input_len
     assert num_image is not None  # filled in by plan_memory
     if num_image and num_input <= num_image:
-        raise ValueError(
+        raise SettingError(
             f"max_input_len counts the image too, whose tokens are {num_image}; expected at "
             f"least {num_image + 1}, got {num_input}. Add the {num_image} image tokens to the "
             "length of the text."
         )
     longest = num_input + request.max_new_tokens
     if longest > manifest.max_position_embeddings:
-        raise ValueError(
+        raise SettingError(
             f"max_input_len {num_input} and max_new_tokens {request.max_new_tokens} are "
             f"{longest} tokens together; the model was made for at most "
             f"{manifest.max_position_embeddings}. Take fewer."
@@ -377,7 +376,7 @@ def _check_room(folder: Path, manifest: Manifest, sparse: MemoryEstimate) -> Non
         remedy = (
             "" if manifest.precision.weights != FP32 else ", or export with --precision fp16"
         )
-        raise ValueError(
+        raise SettingError(
             f"gpu_memory is {format_bytes(memory)}, but the weights of {folder} take "
             f"{format_bytes(sparse.weights)} (decoder {format_bytes(sparse.decoder_weights)}, "
             f"predictors {format_bytes(sparse.predictor_weights)}, vision "
@@ -386,7 +385,7 @@ def _check_room(folder: Path, manifest: Manifest, sparse: MemoryEstimate) -> Non
         )
     if not sparse.largest_batch:
         needed = fixed + sparse.per_sample
-        raise ValueError(
+        raise SettingError(
             f"gpu_memory is {format_bytes(memory)}, but one sample needs "
             f"{format_bytes(needed)}: {format_bytes(sparse.weights)} of weights, about {runtime} "
             f"of runtime, and {format_bytes(sparse.per_sample)} of KV cache and activations. "

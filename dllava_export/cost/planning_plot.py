@@ -32,7 +32,7 @@ def plot_plan(plan: MemoryPlan, path: str | os.PathLike[str]) -> None:
         path: Where to; the suffix .png, .svg or .pdf gives the format.
 
     Raises:
-        ValueError: If the suffix is another.
+        SettingError: If the suffix is another.
     """
     check_plot_format(path)
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def plot_plan(plan: MemoryPlan, path: str | os.PathLike[str]) -> None:
         axes.grid(axis="y", color="0.92")
     request = plan.request
     figure.suptitle(
-        f"{request.max_input_len} prompt tokens, {request.num_image_tokens} of them of an image, "
+        f"{request.max_input_len} prompt tokens, {request.image_tokens} of them of an image, "
         f"{request.max_new_tokens} new ones; GPU with {format_bytes(request.gpu_memory)}",
         x=0.01,
         ha="left",

@@ -102,7 +102,7 @@ def trace_answer(
         BackendError: If the backend cannot run the bundle.
         InvalidInputError: If prompt and image do not fit the bundle or each other.
         CapacityError: If the prompt is too long.
-        ValueError: If `max_new_tokens` is not positive.
+        SettingError: If `max_new_tokens` is not positive.
     """
     from dllava_export.runtime.loading import check_image_choice, load
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dllava_export.runtime.session import Session
 
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate_bundles"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _SPARE_TOKENS = 16  # a model may spell the truth with more tokens than its tokenizer would
 
 
-def evaluate(
+def evaluate_bundles(
     folders: Sequence[str | Path],
     data: str | Path,
     settings: EvaluationSettings | None = None,

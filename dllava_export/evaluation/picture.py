@@ -102,7 +102,7 @@ def draw(trace: AnswerTrace, path: str | os.PathLike[str]) -> None:
         path: Where to; the suffix .png, .svg or .pdf gives the format.
 
     Raises:
-        ValueError: If the suffix is another.
+        SettingError: If the suffix is another.
         InvalidInputError: If the file cannot be written.
     """
     import warnings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from dllava_export.errors import SettingError
 from dllava_export.runtime.generation import MODES
 
 __all__ = ["EvaluationSettings", "OnBadRecord"]
@@ -35,10 +36,10 @@ class EvaluationSettings:
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+                raise SettingError(f"{name} must be at least 1, got {value}.")
         if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
+            raise SettingError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
         if self.on_bad_record not in ("stop", "skip"):
-            raise ValueError(
+            raise SettingError(
                 f"on_bad_record must be stop or skip, got {self.on_bad_record!r}."
             )

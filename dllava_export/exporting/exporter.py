@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dllava_export.passes.policies.weights import PredictorWeights
 
 
-__all__ = ["export", "predictor_model", "resolve_sparsity"]
+__all__ = ["export_checkpoint", "predictor_model", "resolve_sparsity"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def resolve_sparsity(
 
     Raises:
         UnsupportedModelError: If predictors are asked for and the checkpoint has none.
-        ValueError: If a setting is out of range.
+        SettingError: If a setting is out of range.
     """
     return complete_sparsity(
         options,
@@ -61,7 +61,7 @@ def resolve_sparsity(
     )
 
 
-def export(
+def export_checkpoint(
     checkpoint: Checkpoint,
     out: str | Path,
     options: SparsityOptions | None = None,
@@ -83,7 +83,7 @@ def export(
 
     Raises:
         DllavaExportError: If the checkpoint or the folder is not usable.
-        ValueError: If a setting is out of range.
+        SettingError: If a setting is out of range.
     """
     with resources.stage("loading PyTorch"):
         from dllava_export.exporting.tracing import trace_decoder, trace_visual

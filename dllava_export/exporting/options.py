@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from dllava_export.errors import UnsupportedModelError
+from dllava_export.errors import SettingError, UnsupportedModelError
 from dllava_export.passes.policies.registry import (
     NO_POLICY,
     check_text_policy,
@@ -63,7 +63,7 @@ def complete_sparsity(
     Raises:
         DllavaExportError: If the package that provides a policy is broken.
         UnsupportedModelError: If predictors are asked for and there are none.
-        ValueError: If a setting is out of range, or a policy is not known.
+        SettingError: If a setting is out of range, or a policy is not known.
     """
     name = options.policy or DEFAULT_POLICY
     if name == NO_POLICY:
@@ -88,7 +88,7 @@ def complete_sparsity(
     values.update({k: v for k, v in dataclasses.asdict(options).items() if v is not None})
     sparsity = Sparsity(**values)
     if sparsity.sparse_layer >= num_layers:
-        raise ValueError(
+        raise SettingError(
             f"sparse_layer must be in 1..{num_layers - 1} for {num_layers} decoder layers, got "
             f"{sparsity.sparse_layer}."
         )
@@ -109,5 +109,5 @@ def _policy(name: str) -> Policy:
     """Return a policy; the message about one that is not known names the dense choice too."""
     policy = find_policy(name)
     if policy is None:
-        raise ValueError(describe_unknown(name, (*policy_names(), NO_POLICY)))
+        raise SettingError(describe_unknown(name, (*policy_names(), NO_POLICY)))
     return policy

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from dllava_export.passes.policies.weights import PredictorWeights
 
 
-__all__ = ["sparsify"]
+__all__ = ["sparsify_decoder"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class _DenseDecoder:
     warnings: tuple[str, ...] = ()
 
 
-def sparsify(
+def sparsify_decoder(
     dense: str | Path,
     out: str | Path,
     options: SparsityOptions | None = None,
@@ -113,7 +113,7 @@ def sparsify(
 
     Raises:
         DllavaExportError: If the decoder, the predictors or the folder are not usable.
-        ValueError: If a setting is out of range.
+        SettingError: If a setting is out of range.
     """
     start = time.perf_counter()
     source = Path(dense)

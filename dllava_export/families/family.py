@@ -328,7 +328,7 @@ class Family(abc.ABC):
         Raises:
             UnsupportedModelError: If a part is of a kind that is not handled.
             CheckpointError: If values are missing or impossible.
-            ValueError: If `num_decoder_layers` is not in 1..num_hidden_layers.
+            SettingError: If `num_decoder_layers` is not in 1..num_hidden_layers.
         """
 
     def image_rows(self, features: np.ndarray) -> list[ImageRows]:

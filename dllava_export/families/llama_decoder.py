@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dllava_export import names
-from dllava_export.errors import CheckpointError, UnsupportedModelError
+from dllava_export.errors import CheckpointError, SettingError, UnsupportedModelError
 from dllava_export.families.config_file import check_sizes, transformers_config
 from dllava_export.families.family import Traceable
 
@@ -92,7 +92,7 @@ def llama_config(
     Raises:
         UnsupportedModelError: If the decoder is not a plain LLaMA.
         CheckpointError: If sizes are missing or impossible.
-        ValueError: If `num_decoder_layers` is not in 1..num_hidden_layers.
+        SettingError: If `num_decoder_layers` is not in 1..num_hidden_layers.
     """
     known = {key: values[key] for key in LLAMA_KEYS if key in values}
     result = transformers_config(LlamaConfig, "text configuration", known)
@@ -101,7 +101,7 @@ def llama_config(
     num_layers = result.num_hidden_layers
     if num_decoder_layers is not None:
         if not 1 <= num_decoder_layers <= num_layers:
-            raise ValueError(
+            raise SettingError(
                 f"num_decoder_layers must be in 1..{num_layers}, got {num_decoder_layers}."
             )
         result.num_hidden_layers = num_decoder_layers

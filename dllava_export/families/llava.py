@@ -246,7 +246,7 @@ def text_config(
     Raises:
         UnsupportedModelError: If the decoder is not a plain LLaMA.
         CheckpointError: If sizes are missing or impossible.
-        ValueError: If `num_decoder_layers` is not in 1..num_hidden_layers.
+        SettingError: If `num_decoder_layers` is not in 1..num_hidden_layers.
     """
     from dllava_export.families.llama_decoder import REQUIRED_LLAMA_KEYS, llama_config
 

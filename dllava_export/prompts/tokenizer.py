@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dllava_export.errors import BundleError, InvalidInputError
+from dllava_export.errors import BundleError, InvalidInputError, SettingError
 from dllava_export.families.config_file import read_json
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.placeholders import _shortened
@@ -50,7 +50,7 @@ class ChatTokenizer:
         folder: pathlib.Path,
     ) -> None:
         if template not in _TEMPLATES:
-            raise ValueError(
+            raise SettingError(
                 f"template must be one of {', '.join(_TEMPLATES)}, got {template!r}."
             )
         self._tokenizer = tokenizer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from dllava_export.errors import SettingError
+
 __all__ = ["byte_unit", "format_bytes", "parse_bytes"]
 
 _BINARY = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -25,12 +27,12 @@ def parse_bytes(text: str) -> int:
     """Return the bytes in `24GiB`, `16 GB` or `80.5 gib`: 2^30 bytes to a GiB, 10^9 to a GB.
 
     Raises:
-        ValueError: If it is not a number above 0 with a unit.
+        SettingError: If it is not a number above 0 with a unit.
     """
     match = _SIZE.fullmatch(text)
     factor = _FACTORS.get(match[2].lower()) if match is not None else None
     if match is None or factor is None or float(match[1]) * factor < 1:
-        raise ValueError(
+        raise SettingError(
             f"{text!r} is no size; expected a number above 0 and a unit, such as 24GiB "
             "(2^30 bytes) or 16GB (10^9 bytes). Units: B, KB, MB, GB, TB, KiB, MiB, GiB, TiB."
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllava_export.errors import InvalidInputError
+from dllava_export.errors import InvalidInputError, SettingError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,11 +23,11 @@ def check_plot_format(path: str | os.PathLike[str]) -> str:
     """Return the format that a file's suffix stands for.
 
     Raises:
-        ValueError: If there is no such format.
+        SettingError: If there is no such format.
     """
     suffix = Path(path).suffix
     if suffix[1:].lower() not in _FORMATS:
-        raise ValueError(
+        raise SettingError(
             f"Plot {path} has suffix {suffix!r}, expected one of "
             f"{', '.join('.' + name for name in _FORMATS)}. Change the file name."
         )
@@ -42,7 +42,7 @@ def save_plot(figure: Figure, path: str | os.PathLike[str]) -> None:
         path: Where to; the suffix .png, .svg or .pdf gives the format.
 
     Raises:
-        ValueError: If the suffix is another.
+        SettingError: If the suffix is another.
         InvalidInputError: If the file cannot be written.
     """
     file_format = check_plot_format(path)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dllava_export.errors import BackendError
+from dllava_export.errors import BackendError, SettingError
 
 __all__ = ["Sampler"]
 
@@ -26,18 +26,20 @@ class Sampler:
         seed: At least 0. None draws differently in every run.
 
     Raises:
-        ValueError: If a setting is out of range.
+        SettingError: If a setting is out of range.
     """
 
     def __init__(
         self, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
     ) -> None:
         if not (np.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature must be at least 0 and finite, got {temperature}.")
+            raise SettingError(
+                f"temperature must be at least 0 and finite, got {temperature}."
+            )
         if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
+            raise SettingError(f"top_p must be in (0, 1], got {top_p}.")
         if seed is not None and seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}.")
+            raise SettingError(f"seed must be at least 0, got {seed}.")
         self.temperature = temperature
         self.top_p = top_p
         self._entropy = np.random.SeedSequence(seed).entropy
@@ -57,17 +59,17 @@ class Sampler:
             [batch], int64. Token ids.
 
         Raises:
-            ValueError: If the shapes do not fit.
+            SettingError: If the shapes do not fit.
             BackendError: If a row has NaN or +inf, or nothing but -inf.
         """
         logits = np.asarray(logits)
         if logits.ndim != 2 or logits.shape[1] == 0:
-            raise ValueError(
+            raise SettingError(
                 f"logits must have shape [batch, vocab_size], got {list(logits.shape)}."
             )
         indices = range(len(logits)) if sample_indices is None else sample_indices
         if len(indices) != len(logits):
-            raise ValueError(
+            raise SettingError(
                 f"sample_indices must name one sample for each of {len(logits)} rows, got "
                 f"{len(indices)}."
             )

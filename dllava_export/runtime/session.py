@@ -16,7 +16,7 @@ from dllava_export import names
 from dllava_export.backends.backend import Backend, StepInputs
 from dllava_export.backends.kv_plan import KVPlan, plan_kv_cache
 from dllava_export.bundles.manifest import Manifest
-from dllava_export.errors import InvalidInputError
+from dllava_export.errors import InvalidInputError, SettingError
 from dllava_export.prompts.placeholders import check_prompt
 from dllava_export.prompts.reader import PromptReader, Prompts
 from dllava_export.prompts.rows import PromptRows, assemble_prompt
@@ -180,10 +180,10 @@ class Session:
         Raises:
             InvalidInputError: If prompts and images do not fit the bundle or each other.
             CapacityError: If a prompt is longer than `max_length`.
-            ValueError: If `max_new_tokens` is negative.
+            SettingError: If `max_new_tokens` is negative.
         """
         if max_new_tokens is not None and max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
+            raise SettingError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
         rows = self._reader.rows(input_ids, pixel_values, image_features)
         longest = int(rows.lengths.max())
         room = self.max_length - longest

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from dllava_export.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from dllava_export.errors import SettingError
 from dllava_export.prompts.images import ImageProcessor
 from dllava_export.prompts.tokenizer import ChatTokenizer
 from dllava_export.training.data import Batch, ConversationData, DataOrder, OnBadRecord
@@ -176,7 +177,7 @@ def train_predictors(
         TrainingError: If data, `out` or the state in it cannot be used, or the loss is no
             longer a number.
         BadRecordError: If a record is bad and `on_bad_record` is `stop`.
-        ValueError: If a setting is impossible for this checkpoint.
+        SettingError: If a setting is impossible for this checkpoint.
     """
     start = time.perf_counter()
     settings = settings or TrainingSettings()
@@ -347,7 +348,7 @@ def _device(settings: TrainingSettings) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise SettingError(
             f"device {name!r} cannot be used ({reason}), expected cpu, cuda or auto. "
             "`python -c 'import torch; print(torch.cuda.is_available())'` tells whether torch "
             "has CUDA."

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from dllava_export.errors import DllavaExportError
+from dllava_export.errors import DllavaExportError, SettingError
 from dllava_export.geometry import PredictorConfig
 from dllava_export.precision import BF16, FP32, NUMBER_FORMATS
 
@@ -123,7 +123,7 @@ class TrainingSettings:
             value = getattr(self, name)
             _check(value is None or value in allowed, name, " or ".join(allowed), value)
         if self.freeze_model and not self.train_predictors and self.freeze_tower:
-            raise ValueError(
+            raise SettingError(
                 "freeze_model is set and train_predictors is not, so that nothing would be "
                 "trained. Set one of the two."
             )
@@ -156,7 +156,7 @@ _COMPUTE = (FP32.name, BF16.name)
 
 def _check(ok: bool, name: str, expected: str, value: object) -> None:
     if not ok:
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+        raise SettingError(f"{name} must be {expected}, got {value!r}.")
 
 
 def resolve_predictors(
@@ -165,7 +165,7 @@ def resolve_predictors(
     """Return the predictors to train: the checkpoint's, or new ones; None for a plain LLaVA.
 
     Raises:
-        ValueError: If a setting is impossible, or is another size than the checkpoint's.
+        SettingError: If a setting is impossible, or is another size than the checkpoint's.
     """
     if not settings.train_predictors:
         return None
@@ -176,7 +176,7 @@ def resolve_predictors(
         if value is None:
             continue
         if found is not None and value != values[name]:
-            raise ValueError(
+            raise SettingError(
                 f"{name} is {value}, but {checkpoint.path} has predictors with {name} "
                 f"{values[name]}, expected the same. Leave it out, or start from a checkpoint "
                 "without predictors."
@@ -193,12 +193,12 @@ def resolve_predictors(
     predictors = PredictorConfig(**values)
     last = checkpoint.spec.num_layers - 1
     if predictors.sparse_layer > last:
-        raise ValueError(
+        raise SettingError(
             f"sparse_layer must be in 1..{last} for {last + 1} decoder layers, got "
             f"{predictors.sparse_layer}."
         )
     if int(checkpoint.spec.num_image_tokens * predictors.vision_keep_rate) < 1:
-        raise ValueError(
+        raise SettingError(
             f"image_keep_rate {predictors.vision_keep_rate} keeps none of "
             f"{checkpoint.spec.num_image_tokens} image tokens, expected at least one. Raise it."
         )

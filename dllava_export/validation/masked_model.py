@@ -217,7 +217,7 @@ def load_masked_model(checkpoint: str, manifest: Manifest) -> MaskedModel:
     Raises:
         CheckpointError: If it cannot be read.
         InvalidInputError: If it is of other sizes than the bundle, or lacks its predictors.
-        ValueError: If the package that provides the bundle's policy is not installed.
+        SettingError: If the package that provides the bundle's policy is not installed.
     """
     from dllava_export.checkpoints.checkpoint import read_checkpoint
 

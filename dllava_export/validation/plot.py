@@ -37,7 +37,7 @@ def plot_drift(report: ValidationReport, path: str | os.PathLike[str]) -> None:
         path: Where to; the suffix .png, .svg or .pdf gives the format.
 
     Raises:
-        ValueError: If the suffix is another.
+        SettingError: If the suffix is another.
         OSError: If the file cannot be written.
     """
     from matplotlib.figure import Figure

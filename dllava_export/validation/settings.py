@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dllava_export.backends.registry import DEFAULT_BACKEND
+from dllava_export.errors import SettingError
 from dllava_export.precision import BF16, FP16, FP32
 
 if TYPE_CHECKING:
@@ -84,22 +85,22 @@ class ValidationSettings:
 
     def __post_init__(self) -> None:
         if self.against not in REFERENCES:
-            raise ValueError(
+            raise SettingError(
                 f"against must be one of {', '.join(REFERENCES)}, got {self.against!r}."
             )
         if self.check_error_stat not in ERROR_STATS:
-            raise ValueError(
+            raise SettingError(
                 f"check_error_stat must be one of {', '.join(ERROR_STATS)}, got "
                 f"{self.check_error_stat!r}."
             )
         if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}.")
+            raise SettingError(f"num_steps must be at least 1, got {self.num_steps}.")
         for name in ("rtol", "atol", "margin"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be at least 0 and finite, got {value}.")
+                raise SettingError(f"{name} must be at least 0 and finite, got {value}.")
         if (self.against == "torch") != (self.checkpoint is not None):
-            raise ValueError(
+            raise SettingError(
                 f"against is {self.against!r} and checkpoint is {self.checkpoint!r}; the "
                 "checkpoint that the bundle was exported from is needed for 'torch', and for "
                 "nothing else."

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from dllava_export.bundles.manifest import Manifest
 
 
-__all__ = ["validate"]
+__all__ = ["validate_bundle"]
 
 
-def validate(
+def validate_bundle(
     folder: str | Path,
     settings: ValidationSettings,
     *,

@@ -176,7 +176,7 @@ class Policy(abc.ABC):
         As everywhere in `cost/`, only matrix products count.
 
         Raises:
-            ValueError: If the geometry lacks sizes that this needs.
+            SettingError: If the geometry lacks sizes that this needs.
         """
         return 0
 
@@ -184,6 +184,6 @@ class Policy(abc.ABC):
         """Return the FLOPs that deciding about one generated token takes.
 
         Raises:
-            ValueError: If the geometry lacks sizes that this needs.
+            SettingError: If the geometry lacks sizes that this needs.
         """
         return 0

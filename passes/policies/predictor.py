@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dllava_export import names
+from dllava_export.errors import SettingError
 from dllava_export.passes.policies.base import (
     ImageArrays,
     ImageRows,
@@ -105,7 +106,7 @@ class PredictorPolicy(Policy):
 
 def _sizes(geometry: Geometry) -> PredictorGeometry:
     if geometry.predictor is None:
-        raise ValueError(
+        raise SettingError(
             "policy is 'predictor', but the geometry has no predictor; expected its sizes. "
             "Pass predictor=PredictorGeometry(...)."
         )

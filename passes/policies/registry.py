@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from dllava_export.errors import DllavaExportError
+from dllava_export.errors import DllavaExportError, SettingError
 from dllava_export.passes.policies.base import Policy
 
 if TYPE_CHECKING:
@@ -82,11 +82,11 @@ def get_policy(name: str) -> Policy:
 
     Raises:
         DllavaExportError: If the package that provides it is broken, or two provide it.
-        ValueError: If there is none of that name.
+        SettingError: If there is none of that name.
     """
     policy = find_policy(name)
     if policy is None:
-        raise ValueError(describe_unknown(name, policy_names()))
+        raise SettingError(describe_unknown(name, policy_names()))
     return policy
 
 
@@ -127,13 +127,13 @@ def check_text_policy(name: str, keep_rate: float) -> None:
 
     Raises:
         DllavaExportError: If the package that provides the policy is broken.
-        ValueError: If there is no such policy, it has no decision for a single token, or the
+        SettingError: If there is no such policy, it has no decision for a single token, or the
             rate is no share.
     """
     if not 0 < keep_rate < 1:
-        raise ValueError(f"keep_rate must be in (0, 1), got {keep_rate}.")
+        raise SettingError(f"keep_rate must be in (0, 1), got {keep_rate}.")
     if not get_policy(name).decides_text:
-        raise ValueError(
+        raise SettingError(
             f"policy {name!r} has no decision for a single token; expected one of "
             f"{', '.join(text_policy_names())}."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from dllava_export.backends.trt.trt_module import (
     trt_module,
 )
 from dllava_export.errors import BackendError
+from dllava_export.settings import settings_from
 
 if TYPE_CHECKING:
     from dllava_export.backends.backend import Backend
+    from dllava_export.backends.trt.build.build_plan import BuildPlan
     from dllava_export.backends.trt.build.build_report import BuildReport
     from dllava_export.bundles.manifest import Manifest
 
@@ -49,10 +52,23 @@ class _TrtFactory(BackendFactory):
             folder, manifest, self.name, verify=verify, cuda_graph=options.cuda_graph
         )
 
-    def build(self, folder: Path, options: Any, *, progress: bool = False) -> BuildReport:
-        """Build an engine of each graph."""
+    def build(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        *,
+        dry_run: bool = False,
+        progress: bool = False,
+    ) -> BuildReport | BuildPlan:
+        """Build an engine of each graph; `settings` are fields of `BuildOptions`."""
         from dllava_export.backends.trt.build.build_engines import build_engines
+        from dllava_export.backends.trt.build.build_options import BuildOptions
+        from dllava_export.backends.trt.build.build_plan import plan_build
+        from dllava_export.bundles.manifest import read_manifest
 
+        options = settings_from(BuildOptions, {"backend": self.name, **settings})
+        if dry_run:
+            return plan_build(folder, read_manifest(folder), options)
         return build_engines(folder, options, progress=progress)
 
 

@@ -77,7 +77,7 @@ def build_engines(
         BackendError: If the backend is missing, too old, or cannot do what is asked here.
         BundleError: If the bundle is incomplete or changed, or cannot be written to.
         EngineBuildError: If TensorRT refuses a graph; the message names the node.
-        ValueError: If the settings do not fit the model.
+        SettingError: If the settings do not fit the model.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dllava_export.backends.trt.build.profile_shapes import ShapeOverrides
 from dllava_export.backends.trt.trt_module import TENSORRT_BACKENDS, TENSORRT_RTX
+from dllava_export.errors import SettingError
 
 __all__ = ["MAX_OPTIMIZATION_LEVEL", "BuildOptions"]
 
@@ -49,16 +50,16 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.backend not in TENSORRT_BACKENDS:
-            raise ValueError(
+            raise SettingError(
                 f"backend must be {' or '.join(TENSORRT_BACKENDS)}, got {self.backend!r}."
             )
         for name in ("max_batch_size", "max_input_len", "max_kv_cache_capacity"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+                raise SettingError(f"{name} must be at least 1, got {value}.")
         level = self.builder_optimization_level
         if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
-            raise ValueError(
+            raise SettingError(
                 f"builder_optimization_level must be 0 to {MAX_OPTIMIZATION_LEVEL}, got {level}."
             )
         self._check_backend()
@@ -66,22 +67,22 @@ class BuildOptions:
     def _check_backend(self) -> None:
         is_rtx = self.backend == TENSORRT_RTX
         if is_rtx and self.timing_cache_file is not None:
-            raise ValueError(
+            raise SettingError(
                 "timing_cache_file is for tensorrt: TensorRT-RTX times nothing when it builds, "
                 "its timing cache does nothing since 1.2. Leave it out."
             )
         if is_rtx and self.plugin_paths:
-            raise ValueError(
+            raise SettingError(
                 "plugin_paths are for tensorrt: TensorRT-RTX has no plugins. Leave them out."
             )
         if not is_rtx and self.compute_capabilities:
-            raise ValueError(
+            raise SettingError(
                 "compute_capabilities are for tensorrt-rtx: TensorRT builds for the GPU of the "
                 "machine it runs on. Leave them out, or use backend tensorrt-rtx."
             )
         for value in self.compute_capabilities:
             if not re.fullmatch(r"\d+\.\d", value):
-                raise ValueError(f"compute_capabilities must look like 8.9, got {value!r}.")
+                raise SettingError(f"compute_capabilities must look like 8.9, got {value!r}.")
         if len(set(self.compute_capabilities)) != len(self.compute_capabilities):
             given = ", ".join(self.compute_capabilities)
-            raise ValueError(f"compute_capabilities must differ, got {given}.")
+            raise SettingError(f"compute_capabilities must differ, got {given}.")

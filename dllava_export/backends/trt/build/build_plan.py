@@ -26,7 +26,7 @@ from dllava_export.backends.trt.engine_config import (
 from dllava_export.bundles import layout
 from dllava_export.bundles.graph_memory import weight_bytes
 from dllava_export.bundles.manifest import Manifest
-from dllava_export.errors import BundleError
+from dllava_export.errors import BundleError, SettingError
 from dllava_export.reporting.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def plan_build(folder: Path, manifest: Manifest, options: BuildOptions) -> Build
 
     Raises:
         BundleError: If a graph cannot be read.
-        ValueError: If the settings do not fit the model or each other.
+        SettingError: If the settings do not fit the model or each other.
     """
     max_input_len, capacity = _lengths(manifest, options)
     kv = _plan_caches(manifest, options.max_batch_size, max_input_len, capacity)
@@ -181,19 +181,19 @@ def _lengths(manifest: Manifest, options: BuildOptions) -> tuple[int, int]:
     default = num_images + min(_DEFAULT_TEXT_ROWS, (room + 1) // 2)
     length = options.max_input_len or min(default, top)
     if length > top:
-        raise ValueError(
+        raise SettingError(
             f"max_input_len is {length}, expected at most {top}: TensorRT's TopK, which "
             f"selects the rows that stay, takes K up to {MAX_TOP_K}. Lower --max-input-len, or "
             "export a dense decoder (--policy none)."
         )
     if length > capacity - SPARE_ROWS:
-        raise ValueError(
+        raise SettingError(
             f"max_kv_cache_capacity is {capacity}, expected at least {length + SPARE_ROWS}: "
             f"max_input_len {length} and a spare row. Raise --max-kv-cache-capacity or lower "
             "--max-input-len."
         )
     if length < num_images:
-        raise ValueError(
+        raise SettingError(
             f"max_input_len is {length}, expected at least {num_images}: an image alone takes "
             "that many rows. Raise --max-input-len and, if need be, --max-kv-cache-capacity."
         )
@@ -238,7 +238,7 @@ def _check_overrides(
     }
     unknown = sorted(options.overrides.names() - set(inputs))
     if unknown:
-        raise ValueError(
+        raise SettingError(
             f"There is no input {unknown[0]!r} to give a shape; the graphs have "
             f"{', '.join(inputs)}."
         )

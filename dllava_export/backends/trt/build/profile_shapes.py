@@ -9,6 +9,7 @@ from typing import Any
 
 from dllava_export import names
 from dllava_export.backends.trt.engine_config import ProfileShapes
+from dllava_export.errors import SettingError
 
 __all__ = ["ProfileSizes", "ShapeOverrides", "parse_shapes", "profile_shapes"]
 
@@ -21,19 +22,19 @@ def parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes in `name:1x2x3,other:4`, as trtexec and polygraphy spell them.
 
     Raises:
-        ValueError: If the text is anything else, or names a tensor twice.
+        SettingError: If the text is anything else, or names a tensor twice.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*([^:,]+):(\d+(?:x\d+)*)\s*", part)
         if match is None:
-            raise ValueError(
+            raise SettingError(
                 f"Shapes {text!r} are not readable at {part!r}; expected NAME:1x2x3, several "
                 "separated by commas."
             )
         name, shape = match.groups()
         if name in shapes:
-            raise ValueError(f"Shapes {text!r} name {name!r} twice; expected it once.")
+            raise SettingError(f"Shapes {text!r} name {name!r} twice; expected it once.")
         shapes[name] = tuple(int(size) for size in shape.split("x"))
     return shapes
 
@@ -96,7 +97,7 @@ def profile_shapes(
         overrides: What the user wants instead; inputs that are not of this graph are ignored.
 
     Raises:
-        ValueError: If an override does not fit its input or another override, or a range is
+        SettingError: If an override does not fit its input or another override, or a range is
             not min <= opt <= max.
     """
     if overrides is not None:
@@ -104,7 +105,7 @@ def profile_shapes(
     for field in ("batch", "rows", "num_kept", "num_image_rows"):
         bounds: Bounds = getattr(sizes, field)
         if not bounds[0] <= bounds[1] <= bounds[2]:
-            raise ValueError(
+            raise SettingError(
                 f"Profile {profile!r}: {field} has min {bounds[0]}, opt {bounds[1]}, max "
                 f"{bounds[2]}; expected min <= opt <= max. Change --min-shapes, --opt-shapes or "
                 "--max-shapes."
@@ -163,7 +164,7 @@ def _overridden(
                     continue
                 earlier = sources.setdefault((field, bound), entry["name"])
                 if earlier != entry["name"] and found[field][bound] != size:
-                    raise ValueError(
+                    raise SettingError(
                         f"Profile {profile!r}: --{bound_name}-shapes give {field} as "
                         f"{found[field][bound]} for {earlier!r} and as {size} for "
                         f"{entry['name']!r}; expected one number."
@@ -193,7 +194,7 @@ def _check_within(profile: str, bounds: Mapping[str, Any], sizes: ProfileSizes) 
     for field, remedy in remedies.items():
         planned = getattr(sizes, field)[-1]
         if bounds[field][-1] > planned:
-            raise ValueError(
+            raise SettingError(
                 f"Profile {profile!r}: --max-shapes give {field} as {bounds[field][-1]}, "
                 f"expected at most {planned}. Raise {remedy}."
             )
@@ -211,7 +212,7 @@ def _sizes_in(
     expected = "x".join(str(capacities.get(size, size)) for size in shape)
     if len(wanted) != len(shape):
         given = "x".join(map(str, wanted))
-        raise ValueError(
+        raise SettingError(
             f"Profile {profile!r}: {name!r} got the shape {given}; expected {expected}."
         )
     if name in _VALUE_INPUTS:
@@ -221,7 +222,7 @@ def _sizes_in(
         low, _, high = _size(shape, axis, sizes, capacities)
         is_fixed = isinstance(shape[axis], int) or shape[axis] in capacities
         if is_fixed and size != low == high:
-            raise ValueError(
+            raise SettingError(
                 f"Profile {profile!r}: {name!r} got {size} for axis {axis}; the engine has "
                 f"{expected}."
             )
@@ -239,7 +240,7 @@ def _check_rows(
         for bound, bound_name in enumerate(_BOUND_NAMES):
             selected, rows = getattr(sizes, field)[bound], sizes.rows[bound]
             if field in present and selected > rows:
-                raise ValueError(
+                raise SettingError(
                     f"Profile {profile!r}: {field} is {selected} at {bound_name}, where only "
                     f"{rows} rows are fed; expected at most as many. Change "
                     f"--{bound_name}-shapes, or raise --max-input-len."
