@@ -14,9 +14,9 @@ from word_tokenizer import save_tokenizer
 
 from dllava_export.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from dllava_export.exporting import tracing
-from dllava_export.exporting.exporter import export
+from dllava_export.exporting.exporter import export_checkpoint
 from dllava_export.exporting.options import SparsityOptions
-from dllava_export.exporting.sparsifier import sparsify
+from dllava_export.exporting.sparsifier import sparsify_decoder
 from dllava_export.runtime.loading import load
 from dllava_export.runtime.session import Session
 
@@ -40,9 +40,11 @@ class Bundles:
             base = self.path(checkpoint, precision) if sparsity else None
             out = self._folder / f"{checkpoint}_{len(self._paths)}"
             if base is not None:
-                sparsify(base, out, SparsityOptions(**sparsity))
+                sparsify_decoder(base, out, SparsityOptions(**sparsity))
             else:
-                export(read_checkpoint(self._checkpoint(checkpoint)), out, precision=precision)
+                export_checkpoint(
+                    read_checkpoint(self._checkpoint(checkpoint)), out, precision=precision
+                )
             self._paths[key] = out
         return self._paths[key]
 

@@ -226,8 +226,8 @@ def _from_checkpoint(location: str | Path, llm: Path) -> _Predictors:
     model = predictor_model(checkpoint)
     if model is None or checkpoint.spec.predictors is None:
         raise UnsupportedModelError(
-            f"{checkpoint.path} is a {checkpoint.spec.layout} checkpoint without predictors. Name a "
-            "trained Dynamic-LLaVA checkpoint, or use a policy that needs no training: "
+            f"{checkpoint.path} is a {checkpoint.spec.layout} checkpoint without predictors. "
+            "Name a trained Dynamic-LLaVA checkpoint, or use a policy that needs no training: "
             f"{untrained_choices()}."
         )
     models = {layout.PREDICTORS: model}

@@ -22,10 +22,10 @@ from tqdm import tqdm
 import dllava_export
 from dllava_export.benchmark.machine import machine_line
 from dllava_export.checkpoints.checkpoint import read_checkpoint
-from dllava_export.evaluation.evaluate import evaluate
+from dllava_export.evaluation.evaluate import evaluate_bundles
 from dllava_export.evaluation.report import EvaluationReport
 from dllava_export.evaluation.settings import EvaluationSettings
-from dllava_export.exporting.exporter import export
+from dllava_export.exporting.exporter import export_checkpoint
 from dllava_export.exporting.options import SparsityOptions
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.images import read_image
@@ -104,7 +104,9 @@ def export_all(dense: Path, sparse: Path, out: Path) -> list[Path]:
     for name, (checkpoint, options) in wanted.items():
         folders.append(out / name)
         if not (out / name / "dllava_export.json").is_file():
-            export(read_checkpoint(checkpoint), out / name, options, precision="fp32")
+            export_checkpoint(
+                read_checkpoint(checkpoint), out / name, options, precision="fp32"
+            )
     return folders
 
 
@@ -139,7 +141,7 @@ def measure(dense: Path, sparse: Path, out: Path, num_mosaics: int) -> Measureme
 
 def _ask(data: Path, folder: Path, mode: str) -> EvaluationReport:
     settings = EvaluationSettings(batch_size=_BATCH_SIZE, mode=mode)
-    return evaluate([folder], data, settings)
+    return evaluate_bundles([folder], data, settings)
 
 
 def main() -> None:

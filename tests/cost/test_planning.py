@@ -67,7 +67,11 @@ def test_a_dense_form_may_not_fit_at_all(folder):
 
 def test_a_prompt_without_an_image_keeps_all_rows(folder):
     found = plan(folder, num_image_tokens=0, max_new_tokens=10)
-    assert found.sparse.kv_plan.capacities["sparse"] == found.sparse.kv_plan.capacities["full"] == 31
+    assert (
+        found.sparse.kv_plan.capacities["sparse"]
+        == found.sparse.kv_plan.capacities["full"]
+        == 31
+    )
 
 
 def test_a_dense_bundle_equals_its_dense_form(tmp_path):

@@ -15,7 +15,7 @@ from places import CAT
 from dllava_export import cli
 from dllava_export.bundles import layout
 from dllava_export.errors import BackendError, BundleError
-from dllava_export.evaluation.evaluate import evaluate
+from dllava_export.evaluation.evaluate import evaluate_bundles
 from dllava_export.evaluation.questions import EvaluationError, Question, read_questions
 from dllava_export.evaluation.report import (
     Answer,
@@ -339,7 +339,7 @@ def test_evaluate_bundles_side_by_side(bundles, questions, answers):
     paths = [bundles.path("mha"), bundles.path("mha", policy="random"),
              bundles.path("mha", policy="none")]  # fmt: skip
     settings = EvaluationSettings(batch_size=2, max_new_tokens=20)
-    found = evaluate(paths, questions, settings)
+    found = evaluate_bundles(paths, questions, settings)
     sparse, random, dense = found.results
     assert [result.policy for result in found.results] == ["predictor", "random", "none"]
     assert [result.name for result in found.results] == [path.name for path in paths]
@@ -355,7 +355,7 @@ def test_evaluate_bundles_side_by_side(bundles, questions, answers):
 
 def test_evaluate_counts_kv_bytes(bundles, questions, answers):
     settings = EvaluationSettings(batch_size=3, max_new_tokens=20)
-    (result,) = evaluate([bundles.path("mha")], questions, settings).results
+    (result,) = evaluate_bundles([bundles.path("mha")], questions, settings).results
     geometry = bundles.session("mha").manifest.geometry
     row = 2 * geometry.num_kv_heads * geometry.head_dim * 4
     for one, prompt in zip(result.answers, PROMPTS, strict=True):
@@ -373,14 +373,16 @@ def test_evaluate_counts_kv_bytes(bundles, questions, answers):
 
 def test_evaluate_a_dense_bundle(bundles, questions):
     settings = dataclasses.replace(ONE, max_new_tokens=4)
-    (result,) = evaluate([bundles.path("mha", policy="none")], questions, settings).results
+    (result,) = evaluate_bundles(
+        [bundles.path("mha", policy="none")], questions, settings
+    ).results
     assert (result.total.output_text_keep_rate, result.total.kv_share) == (1.0, 1.0)
     assert result.total.sparse_kv_share is None
 
 
 def test_evaluate_without_a_cache(bundles, questions, answers):
     settings = EvaluationSettings(max_new_tokens=3, mode="recompute")
-    (result,) = evaluate([bundles.path("mha")], questions, settings).results
+    (result,) = evaluate_bundles([bundles.path("mha")], questions, settings).results
     assert [a.kv for a in result.answers] == [None] * 3
     assert (result.total.kept_image_tokens, result.total.kv_bytes) == (7.0, None)
     assert [a.text.split()[0] for a in result.answers] == [
@@ -390,7 +392,7 @@ def test_evaluate_without_a_cache(bundles, questions, answers):
 
 def test_evaluate_makes_room_for_the_longest_truth(bundles, folder):
     path = write(folder, line(answer="w3 w4 w5"), line())
-    found = evaluate([bundles.path("mha")], path, ONE)
+    found = evaluate_bundles([bundles.path("mha")], path, ONE)
     assert found.settings.max_new_tokens == 1 + 3 + 1 + 16  # <s> w3 w4 w5 </s>
 
 
@@ -398,14 +400,14 @@ def test_evaluate_warns_of_answers_that_cannot_be_right(bundles, folder, caplog)
     path = write(folder, line(answer="w3 w4 w5"))
     settings = dataclasses.replace(ONE, max_new_tokens=3)
     with caplog.at_level(logging.WARNING, "dllava_export"):
-        evaluate([bundles.path("mha")], path, settings)
+        evaluate_bundles([bundles.path("mha")], path, settings)
     assert "the longest truth has 5 tokens and answers at most 3" in caplog.text
 
 
 def test_evaluate_asks_the_first_questions_only(bundles, folder):
     path = write(folder, line(image=None), line(image=None, text="w8"), "bad")
     settings = dataclasses.replace(ONE, limit=2, max_new_tokens=2)
-    (result,) = evaluate([bundles.path("mha")], path, settings).results
+    (result,) = evaluate_bundles([bundles.path("mha")], path, settings).results
     assert [a.question.text for a in result.answers] == ["w5", "w8"]
     assert result.total.kept_image_tokens is None
 
@@ -424,7 +426,7 @@ def test_answers_of_like_length_go_together(bundles, folder, monkeypatch):
     truths = {"w5": "w6 w7 w8", "w8": "w6", "w9": "w6 w7 w9", "w10": "w7"}
     path = write(folder, *(line(image=None, text=t, answer=a) for t, a in truths.items()))
     settings = EvaluationSettings(batch_size=2, max_new_tokens=2)
-    (result,) = evaluate([bundles.path("mha")], path, settings).results
+    (result,) = evaluate_bundles([bundles.path("mha")], path, settings).results
     assert asked == [["w8", "w10"], ["w5", "w9"]]
     assert [answer.question.text for answer in result.answers] == list(truths)
 
@@ -432,7 +434,7 @@ def test_answers_of_like_length_go_together(bundles, folder, monkeypatch):
 def test_bundles_of_the_same_name(bundles, folder):
     path = bundles.path("mha")
     settings = dataclasses.replace(ONE, max_new_tokens=1)
-    found = evaluate([path, path], write(folder, line(image=None)), settings)
+    found = evaluate_bundles([path, path], write(folder, line(image=None)), settings)
     assert [result.name for result in found.results] == [str(path)] * 2
 
 
@@ -451,9 +453,9 @@ def test_records_that_do_not_fit_the_bundle(bundles, folder, record, message):
     (folder / "bad.png").write_bytes(b"nope")
     path = write(folder, line(), record)
     with pytest.raises(EvaluationError, match=message):
-        evaluate([bundles.path("mha")], path, ONE)
+        evaluate_bundles([bundles.path("mha")], path, ONE)
     settings = dataclasses.replace(ONE, on_bad_record="skip", max_new_tokens=1)
-    found = evaluate([bundles.path("mha")], path, settings)
+    found = evaluate_bundles([bundles.path("mha")], path, settings)
     assert len(found.results[0].answers) == len(found.skipped) == 1
     assert "1 question of questions.json" in found.to_text()
     assert "1 record skipped" in found.to_text()
@@ -463,21 +465,21 @@ def test_no_usable_question(bundles, folder):
     settings = dataclasses.replace(ONE, on_bad_record="skip")
     message = r"no question that can be asked, .*the first bad one: questions\.json, record 0"
     with pytest.raises(EvaluationError, match=message):
-        evaluate([bundles.path("mha")], write(folder, "bad"), settings)
+        evaluate_bundles([bundles.path("mha")], write(folder, "bad"), settings)
     with pytest.raises(EvaluationError, match=r"expected at least one\."):
-        evaluate([bundles.path("mha")], write(folder), settings)
+        evaluate_bundles([bundles.path("mha")], write(folder), settings)
 
 
 def test_no_bundle(folder):
     with pytest.raises(EvaluationError, match="There is no bundle to evaluate"):
-        evaluate([], write(folder, line()))
+        evaluate_bundles([], write(folder, line()))
 
 
 def test_a_bundle_without_a_tokenizer(bundles, folder):
     with pytest.raises(
         EvaluationError, match="has no tokenizer, and questions and answers are"
     ):
-        evaluate([bundles.path("gqa")], write(folder, line()), ONE)
+        evaluate_bundles([bundles.path("gqa")], write(folder, line()), ONE)
 
 
 def test_a_bundle_without_a_vision_tower(bundles, folder):
@@ -489,17 +491,17 @@ def test_a_bundle_without_a_vision_tower(bundles, folder):
     with pytest.raises(
         EvaluationError, match=r"record 0 \(id 7\) has an image, and \S+bare has"
     ):
-        evaluate([bare], write(folder, line()), ONE)
+        evaluate_bundles([bare], write(folder, line()), ONE)
 
 
 def test_a_folder_that_is_no_bundle(folder):
     with pytest.raises(BundleError, match="expected a bundle"):
-        evaluate([folder], write(folder, line()))
+        evaluate_bundles([folder], write(folder, line()))
 
 
 def test_an_unknown_backend(bundles, folder):
     with pytest.raises(BackendError, match="There is no backend 'other'"):
-        evaluate([bundles.path("mha")], write(folder, line()), ONE, backend="other")
+        evaluate_bundles([bundles.path("mha")], write(folder, line()), ONE, backend="other")
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from dllava_export.backends.trt.build.build_engines import build_engines
 from dllava_export.backends.trt.build.build_options import BuildOptions
 from dllava_export.backends.trt.engine_config import read_engine_config
 from dllava_export.checkpoints.checkpoint import read_checkpoint
-from dllava_export.evaluation.evaluate import evaluate
+from dllava_export.evaluation.evaluate import evaluate_bundles
 from dllava_export.evaluation.settings import EvaluationSettings
-from dllava_export.exporting.exporter import export
+from dllava_export.exporting.exporter import export_checkpoint
 from dllava_export.prompts.images import ImageProcessor
 from dllava_export.prompts.tokenizer import ChatTokenizer
 from dllava_export.training.data import Batch, ConversationData
@@ -263,7 +263,9 @@ def test_predictors_are_trained_from_the_dense_checkpoint(
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "bundle"
-    export(read_checkpoint(FOLDER / "checkpoints" / "sparse"), folder, precision="fp32")
+    export_checkpoint(
+        read_checkpoint(FOLDER / "checkpoints" / "sparse"), folder, precision="fp32"
+    )
     return folder
 
 
@@ -275,7 +277,7 @@ def test_trained_checkpoints_are_small() -> None:
 @pytest.mark.parametrize("mode", ["cache", "recompute"])
 def test_trained_model_answers_about_unseen_digits(trained: Path, mode: str) -> None:
     settings = EvaluationSettings(mode=mode)
-    report = evaluate([trained], FOLDER / "sample" / "questions.json", settings)
+    report = evaluate_bundles([trained], FOLDER / "sample" / "questions.json", settings)
     (result,) = report.results
     assert [answer.text for answer in result.answers] == [
         answer.question.truth for answer in result.answers
@@ -295,7 +297,9 @@ def test_trained_model_keeps_patches_with_ink(trained: Path) -> None:
 def test_trained_model_builds_as_engines(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="engines are built with TensorRT-RTX")
     folder = tmp_path / "bundle"
-    export(read_checkpoint(FOLDER / "checkpoints" / "sparse"), folder, precision="fp16")
+    export_checkpoint(
+        read_checkpoint(FOLDER / "checkpoints" / "sparse"), folder, precision="fp16"
+    )
     options = BuildOptions(backend="tensorrt-rtx", max_input_len=640)
     build_engines(folder, options)
     config = read_engine_config(folder, "tensorrt-rtx")

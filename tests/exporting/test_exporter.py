@@ -20,7 +20,7 @@ from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.checkpoints.checkpoint import random_checkpoint, read_checkpoint
 from dllava_export.errors import BundleError, UnsupportedModelError
 from dllava_export.exporting import tracing, weights
-from dllava_export.exporting.exporter import export, resolve_sparsity
+from dllava_export.exporting.exporter import export_checkpoint, resolve_sparsity
 from dllava_export.exporting.options import SparsityOptions
 from dllava_export.exporting.report import ExportReport
 from dllava_export.geometry import Geometry, PredictorGeometry
@@ -75,7 +75,7 @@ def test_writes_graphs_and_what_they_need(bundles):
 
 def test_writes_data_files_where_nothing_is_linked(tmp_path, traced_once):
     factory.make_checkpoint(tmp_path / "in", "llava")
-    export(read_checkpoint(tmp_path / "in"), tmp_path / "out", UNIFORM, link=False)
+    export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out", UNIFORM, link=False)
     assert files(tmp_path / "out") == {
         "dllava_export.json",
         "llm/config.json",
@@ -173,7 +173,7 @@ def folder_bytes(folder: Path) -> int:
 
 def test_weights_are_stored_once(tmp_path, traced_once):
     checkpoint = sized_checkpoint(tmp_path / "in")
-    report = export(checkpoint, tmp_path / "out", UNIFORM)
+    report = export_checkpoint(checkpoint, tmp_path / "out", UNIFORM)
     stored = folder_bytes(tmp_path / "out" / "llm")
     assert decoder_bytes(checkpoint) < stored <= 1.02 * decoder_bytes(checkpoint)
     assert report.bytes_linked == 0
@@ -184,7 +184,7 @@ def test_weights_are_stored_once(tmp_path, traced_once):
 
 def test_weights_at_half_precision_take_half(tmp_path, traced_once):
     checkpoint = sized_checkpoint(tmp_path / "in")
-    export(checkpoint, tmp_path / "out", UNIFORM, precision="fp16")
+    export_checkpoint(checkpoint, tmp_path / "out", UNIFORM, precision="fp16")
     assert folder_bytes(tmp_path / "out" / "llm") <= 1.02 * decoder_bytes(checkpoint) / 2
 
 
@@ -197,7 +197,7 @@ def test_linked_weights_take_no_space(tmp_path, traced_once):
     factory.write_files(
         folder, {factory.stored_key(n, "llava"): v for n, v in values.items()}, "sharded"
     )
-    report = export(read_checkpoint(folder), tmp_path / "out", UNIFORM)
+    report = export_checkpoint(read_checkpoint(folder), tmp_path / "out", UNIFORM)
     new = [tmp_path / "out" / name for name in files(tmp_path / "out")]
     new = [path for path in new if path.stat().st_nlink == 1]
     assert not {path.suffix for path in new} & {".safetensors", ".data"}
@@ -243,7 +243,7 @@ def test_summary_says_what_is_pruned(bundles, sparsity, line):
 
 def test_warns_where_there_is_no_tokenizer(tmp_path, traced_once):
     factory.make_checkpoint(tmp_path / "in", "llava")
-    done = export(read_checkpoint(tmp_path / "in"), tmp_path / "out", UNIFORM)
+    done = export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out", UNIFORM)
     (warning,) = done.warnings
     assert warning.endswith("in has no tokenizer: the bundle takes and returns token ids "
                             "(`run --input-ids`).")  # fmt: skip
@@ -266,7 +266,7 @@ def test_warns_where_there_is_no_tokenizer(tmp_path, traced_once):
 def test_converts_weights(tmp_path, traced_once, stored, asked, precision, dtype):
     values = factory.make_checkpoint(tmp_path / "in", dtype=stored)
     source = read_checkpoint(tmp_path / "in")
-    done = export(source, tmp_path / "out", precision=asked)
+    done = export_checkpoint(source, tmp_path / "out", precision=asked)
     assert done.manifest.precision == precision
     assert done.manifest.geometry.bytes_per_value == np.dtype(dtype).itemsize
     for name in ("model.layers.0.mlp.gate_proj.weight", "model.norm.weight"):
@@ -278,7 +278,7 @@ def test_converts_weights(tmp_path, traced_once, stored, asked, precision, dtype
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_predictors_compute_in_float32(tmp_path, traced_once, precision):
     factory.make_checkpoint(tmp_path / "in", dtype=np.float16)
-    export(read_checkpoint(tmp_path / "in"), tmp_path / "out", precision=precision)
+    export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out", precision=precision)
     stored = decoder_weights(tmp_path / "out", layout.PREDICTORS)
     assert {value.dtype for value in stored.values()} == {np.dtype(np.float16)}
     model = onnx.load(tmp_path / "out" / "llm" / layout.DECODER, load_external_data=False)
@@ -290,14 +290,14 @@ def test_predictors_compute_in_float32(tmp_path, traced_once, precision):
 def test_refuses_an_unknown_precision(tmp_path):
     factory.make_checkpoint(tmp_path / "in")
     with pytest.raises(ValueError, match=r"one of fp32, fp16, bf16, got 'int8'\."):
-        export(read_checkpoint(tmp_path / "in"), tmp_path / "out", precision="int8")
+        export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out", precision="int8")
     assert not (tmp_path / "out").exists()
 
 
 def test_exports_the_first_layers_only(tmp_path, traced_once):
     factory.make_checkpoint(tmp_path / "in")
     source = read_checkpoint(tmp_path / "in", num_decoder_layers=2)
-    done = export(source, tmp_path / "out", UNIFORM, precision="fp16")
+    done = export_checkpoint(source, tmp_path / "out", UNIFORM, precision="fp16")
     assert done.manifest.geometry.num_layers == 2
     layers = {n.split(".")[2] for n in decoder_weights(tmp_path / "out") if ".layers." in n}
     assert layers == {"0", "1"}
@@ -340,7 +340,7 @@ def logits_by_weights():
 )
 def test_every_layout_runs(tmp_path, traced_once, logits_by_weights, layout, options):
     values = factory.make_checkpoint(tmp_path / "in", layout, **options)
-    done = export(read_checkpoint(tmp_path / "in"), tmp_path / "out", UNIFORM)
+    done = export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out", UNIFORM)
     assert done.manifest.layout == layout.split(" ")[0]
     step = run(tmp_path / "out")
     assert step.cache_lengths[:, 0].tolist()[0] == len(IDS) - 1 + 4 + 1
@@ -359,7 +359,9 @@ def test_random_weights_run(tmp_path, traced_once):
         {**factory.TEXT_CONFIG, "model_type": "llama", "vision_config": factory.VISION_CONFIG},
     )
     factory.write_json(tmp_path / "config.json", {"model_type": "another"})
-    done = export(random_checkpoint(tmp_path / "tiny.json"), tmp_path / "out", UNIFORM)
+    done = export_checkpoint(
+        random_checkpoint(tmp_path / "tiny.json"), tmp_path / "out", UNIFORM
+    )
     assert done.bytes_linked == 0
     assert run(tmp_path / "out").logits.shape == (1, factory.VOCAB)
     stored = json.loads((tmp_path / "out" / "llm" / "config.json").read_text())
@@ -454,7 +456,7 @@ def test_a_cut_below_the_sparse_layer_is_refused(tmp_path):
     factory.make_checkpoint(tmp_path / "in")
     source = read_checkpoint(tmp_path / "in", num_decoder_layers=1)
     with pytest.raises(ValueError, match="sparse_layer must be"):
-        export(source, tmp_path / "out")
+        export_checkpoint(source, tmp_path / "out")
 
 
 # Interruptions.
@@ -479,7 +481,7 @@ def test_an_interrupted_export_leaves_nothing(
     factory.make_checkpoint(tmp_path / "in")
     monkeypatch.setattr(owner, function, interrupted)
     with pytest.raises(error):
-        export(read_checkpoint(tmp_path / "in"), tmp_path / "out")
+        export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -492,7 +494,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, traced_once, monkeypatch):
     monkeypatch.setattr(weights, "_converted", full)
     monkeypatch.setattr(weights, "_MAX_INLINE_BYTES", 0)
     with pytest.raises(BundleError, match=r"could not be written: .*No space left on device"):
-        export(read_checkpoint(tmp_path / "in"), tmp_path / "out", link=False)
+        export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out", link=False)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -500,7 +502,7 @@ def test_the_same_export_gives_the_same_bytes(tmp_path):
     factory.make_checkpoint(tmp_path / "in")
     source = read_checkpoint(tmp_path / "in")
     for name in ("first", "second"):
-        export(source, tmp_path / name, link=False)
+        export_checkpoint(source, tmp_path / name, link=False)
     first, second = tmp_path / "first", tmp_path / "second"
     assert files(first) == files(second)
     for name in files(first):

@@ -29,9 +29,9 @@ from dllava_export.errors import (
     UnsupportedModelError,
 )
 from dllava_export.exporting import tracing
-from dllava_export.exporting.exporter import export
+from dllava_export.exporting.exporter import export_checkpoint
 from dllava_export.exporting.options import SparsityOptions
-from dllava_export.exporting.sparsifier import sparsify
+from dllava_export.exporting.sparsifier import sparsify_decoder
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, VOCAB = 2, 2, 16, 50
 CONFIG = {
@@ -170,7 +170,7 @@ def foreign_decoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
                 EXPORTERS[name](folder / "dense")
             path = folder / "dense" / "model.onnx"
             options = SparsityOptions(policy="norm", sparse_layer=1, **ALL_KEPT)
-            sparsify(path, folder / "sparse", options)
+            sparsify_decoder(path, folder / "sparse", options)
             made[name] = Foreign(path, folder / "sparse")
         return made[name]
 
@@ -274,7 +274,7 @@ def test_equals_the_foreign_decoder_where_all_is_kept(
     if policy != "norm":
         rates = {} if policy == "none" else ALL_KEPT | {"sparse_layer": 1}
         folder = tmp_path / "again"
-        sparsify(foreign.sparse, folder, SparsityOptions(policy=policy, **rates))
+        sparsify_decoder(foreign.sparse, folder, SparsityOptions(policy=policy, **rates))
     tolerance = TOLERANCES[foreign.precision]
     logits = run_bundle(folder, graph)[names.LOGITS]
     np.testing.assert_allclose(logits, dense_logits(foreign), tolerance, tolerance)
@@ -283,7 +283,7 @@ def test_equals_the_foreign_decoder_where_all_is_kept(
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_keeps_the_rows_of_largest_norm(foreign: Foreign, graph: str, tmp_path: Path) -> None:
     options = SparsityOptions(policy="norm", sparse_layer=1, image_keep_rate=0.5)
-    sparsify(foreign.sparse, tmp_path / "half", options)
+    sparsify_decoder(foreign.sparse, tmp_path / "half", options)
     found = run_bundle(tmp_path / "half", graph, num_dropped=3)
     kept, logits = reference(num_dropped=3)
     for sample, rows in enumerate(kept):
@@ -335,7 +335,7 @@ def test_reads_limits_and_ends_from_a_configuration_beside_the_decoder(
         json.dumps({"max_position_embeddings": 77, "eos_token_id": [3, 4]})
     )
     path = tmp_path / "dense" / "model.onnx"
-    report = sparsify(
+    report = sparsify_decoder(
         path, tmp_path / "out", SparsityOptions(policy="uniform", sparse_layer=1)
     )
     assert report.warnings == ()
@@ -345,14 +345,16 @@ def test_reads_limits_and_ends_from_a_configuration_beside_the_decoder(
 
 
 def test_warns_where_the_context_length_is_not_known(decoder: Foreign, tmp_path: Path) -> None:
-    report = sparsify(decoder.path, tmp_path / "out", SparsityOptions(policy="none"))
+    report = sparsify_decoder(decoder.path, tmp_path / "out", SparsityOptions(policy="none"))
     assert "a context of 2048 tokens is assumed" in report.warnings[0]
 
 
 def test_shows_progress(
     decoder: Foreign, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sparsify(decoder.path, tmp_path / "out", SparsityOptions(policy="none"), progress=True)
+    sparsify_decoder(
+        decoder.path, tmp_path / "out", SparsityOptions(policy="none"), progress=True
+    )
     assert "sparsifying" in capsys.readouterr().err
 
 
@@ -381,8 +383,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Own:
         for name in ("trace_decoder", "trace_visual"):  # what takes time, and does not differ
             patch.setattr(tracing, name, traced_once(getattr(tracing, name)))
         # Copied weights: with links, offsets would agree by themselves.
-        export(checkpoint, paths.dense, SparsityOptions(policy="none"), link=False)
-        export(checkpoint, paths.sparse, link=False)
+        export_checkpoint(checkpoint, paths.dense, SparsityOptions(policy="none"), link=False)
+        export_checkpoint(checkpoint, paths.sparse, link=False)
     return paths
 
 
@@ -406,7 +408,7 @@ def files(folder: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
 
 
 def test_sparsifying_a_dense_bundle_equals_a_direct_export(own: Own, tmp_path: Path) -> None:
-    sparsify(own.dense, tmp_path / "out")
+    sparsify_decoder(own.dense, tmp_path / "out")
     assert files(tmp_path / "out") == files(own.sparse)
     expected = read_manifest(own.sparse)
     found = read_manifest(tmp_path / "out")
@@ -417,15 +419,15 @@ def test_sparsifying_a_sparse_bundle_starts_from_its_dense_decoder(
     own: Own, tmp_path: Path
 ) -> None:
     options = SparsityOptions(image_keep_tokens=1, sparse_layer=2)
-    sparsify(own.dense, tmp_path / "from dense", options)
-    sparsify(own.sparse, tmp_path / "from sparse", options)
+    sparsify_decoder(own.dense, tmp_path / "from dense", options)
+    sparsify_decoder(own.sparse, tmp_path / "from sparse", options)
     assert files(tmp_path / "from dense") == files(tmp_path / "from sparse")
-    sparsify(own.sparse, tmp_path / "dense", SparsityOptions(policy="none"))
+    sparsify_decoder(own.sparse, tmp_path / "dense", SparsityOptions(policy="none"))
     assert files(tmp_path / "dense") == files(own.dense)
 
 
 def test_weights_are_linked_and_configuration_is_copied(own: Own, tmp_path: Path) -> None:
-    report = sparsify(own.dense, tmp_path / "out")
+    report = sparsify_decoder(own.dense, tmp_path / "out")
     weights, config = "llm/model.onnx.data", "llm/config.json"
     assert (tmp_path / "out" / weights).samefile(own.dense / weights)
     assert not (tmp_path / "out" / config).samefile(own.dense / config)
@@ -438,7 +440,7 @@ def test_training_settings_come_from_the_manifest_without_a_configuration(
     shutil.copytree(own.sparse, tmp_path / "bundle")
     (tmp_path / "bundle" / "llm" / "config.json").unlink()
     write_manifest(tmp_path / "bundle", read_manifest(own.sparse))
-    report = sparsify(tmp_path / "bundle", tmp_path / "out")
+    report = sparsify_decoder(tmp_path / "bundle", tmp_path / "out")
     assert report.manifest.sparsity == read_manifest(own.sparse).sparsity
 
 
@@ -453,12 +455,12 @@ def without_predictors(own: Own, folder: Path) -> Path:
 
 def test_predictors_can_come_from_a_checkpoint(own: Own, tmp_path: Path) -> None:
     source = without_predictors(own, tmp_path / "plain")
-    report = sparsify(source, tmp_path / "out", predictors=own.checkpoint)
+    report = sparsify_decoder(source, tmp_path / "out", predictors=own.checkpoint)
     expected = read_manifest(own.sparse)
     assert report.manifest.sparsity == expected.sparsity
     assert report.manifest.geometry == expected.geometry
     # And from then on, from the bundle.
-    sparsify(tmp_path / "out", tmp_path / "again")
+    sparsify_decoder(tmp_path / "out", tmp_path / "again")
     assert files(tmp_path / "again") == files(tmp_path / "out")
     assert "predictors.onnx.data" in {p.name for p in (tmp_path / "again/llm").iterdir()}
 
@@ -469,10 +471,10 @@ def test_predictors_of_a_checkpoint_replace_those_of_a_bundle(
     config = json.loads((own.checkpoint / "config.json").read_text())
     other = config["sparse_config"] | {"d_model": 12, "sparse_layer": 2}
     make_checkpoint(tmp_path / "other", changes={"sparse_config": other})
-    report = sparsify(own.sparse, tmp_path / "out", predictors=tmp_path / "other")
+    report = sparsify_decoder(own.sparse, tmp_path / "out", predictors=tmp_path / "other")
     assert report.manifest.geometry.predictor.d_model == 12
     assert report.manifest.sparsity.sparse_layer == 2
-    again = sparsify(tmp_path / "out", tmp_path / "again")
+    again = sparsify_decoder(tmp_path / "out", tmp_path / "again")
     assert again.manifest.geometry == report.manifest.geometry
 
 
@@ -489,7 +491,7 @@ def fails(
 ) -> None:
     out = tmp_path / "never"
     with pytest.raises(error, match=message):
-        sparsify(source, out, options or SparsityOptions(policy="norm"), **kwargs)
+        sparsify_decoder(source, out, options or SparsityOptions(policy="norm"), **kwargs)
     assert not [p for p in tmp_path.iterdir() if "never" in p.name]
 
 
@@ -642,4 +644,4 @@ def test_refuses_settings_out_of_range(
 
 def test_refuses_a_folder_with_files_in_it(decoder: Foreign, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is a folder with files in it"):
-        sparsify(decoder.sparse, decoder.sparse, SparsityOptions(policy="norm"))
+        sparsify_decoder(decoder.sparse, decoder.sparse, SparsityOptions(policy="norm"))

@@ -12,9 +12,9 @@ from gpu_comparison import Prompt
 
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.checkpoints.checkpoint import random_checkpoint, read_checkpoint
-from dllava_export.exporting.exporter import export
+from dllava_export.exporting.exporter import export_checkpoint
 from dllava_export.exporting.options import SparsityOptions
-from dllava_export.exporting.sparsifier import sparsify
+from dllava_export.exporting.sparsifier import sparsify_decoder
 
 __all__ = [
     "LARGE_CONFIG",
@@ -53,7 +53,7 @@ def golden_bundle(folder: Path, checkpoint: str, precision: str) -> Path:
     """Export a golden checkpoint, unless it was."""
     out = folder / f"{checkpoint}_{precision}"
     if not out.exists():
-        export(read_checkpoint(DATA / checkpoint), out, precision=precision)
+        export_checkpoint(read_checkpoint(DATA / checkpoint), out, precision=precision)
     return out
 
 
@@ -74,14 +74,14 @@ def large_bundle(folder: Path) -> Path:
     if not out.exists():
         config = folder / "large_config.json"
         config.write_text(json.dumps(LARGE_CONFIG), encoding="utf-8")
-        export(random_checkpoint(config), out, precision="fp16")
+        export_checkpoint(random_checkpoint(config), out, precision="fp16")
     return out
 
 
 def dense_form(folder: Path, out: Path) -> Path:
     """Return the bundle without any pruning, made at `out` unless it is there."""
     if not out.exists():
-        sparsify(folder, out, SparsityOptions(policy="none"))
+        sparsify_decoder(folder, out, SparsityOptions(policy="none"))
     return out
 
 

@@ -59,7 +59,9 @@ def counts(generation):
 @pytest.mark.parametrize("mode", MODES)
 def test_greedy_equals_the_loop_written_out(bundles, mode):
     session = endless(bundles)
-    [answer] = session.generate(images=[image()], input_ids=[IDS], max_new_tokens=12, mode=mode)
+    [answer] = session.generate(
+        images=[image()], input_ids=[IDS], max_new_tokens=12, mode=mode
+    )
     assert answer.token_ids == greedy(session, IDS, [image()], 12, mode)
     assert answer.finish_reason == "length"
 
@@ -121,7 +123,9 @@ def test_a_sample_that_ends_early_does_not_disturb_the_other(bundles, mode):
     end = next(
         t for t in first.token_ids[2:] if t not in first.token_ids[:2] + second.token_ids
     )
-    ended, unchanged = with_end(session, end).generate(images=images, input_ids=prompts, **settings)
+    ended, unchanged = with_end(session, end).generate(
+        images=images, input_ids=prompts, **settings
+    )
     assert ended.finish_reason == "stop"
     assert ended.token_ids == first.token_ids[: first.token_ids.index(end)]
     assert ended.num_fed_tokens == len(ended.token_ids)
@@ -196,7 +200,9 @@ def test_an_end_of_sequence_stops(bundles, mode):
     tokens = greedy(session, IDS, [image()], 12, mode)
     place = next(i for i in range(1, 12) if tokens[i] not in tokens[:i])
     with_end(session, 130 if tokens[place] != 130 else 129, tokens[place])
-    [answer] = session.generate(images=[image()], input_ids=[IDS], max_new_tokens=12, mode=mode)
+    [answer] = session.generate(
+        images=[image()], input_ids=[IDS], max_new_tokens=12, mode=mode
+    )
     assert answer.finish_reason == "stop"
     assert answer.token_ids == tokens[:place]
     assert answer.num_fed_tokens == place
@@ -225,7 +231,9 @@ def test_a_full_cache_ends_by_length(bundles, mode, room, num_tokens):
 @pytest.mark.parametrize("mode", MODES)
 def test_image_tokens_count_towards_the_length(bundles, mode):
     session = endless(bundles, max_length=4 + 36 + 2)
-    [answer] = session.generate(images=[image()], input_ids=[IDS], max_new_tokens=50, mode=mode)
+    [answer] = session.generate(
+        images=[image()], input_ids=[IDS], max_new_tokens=50, mode=mode
+    )
     assert answer.num_fed_tokens == 2
 
 

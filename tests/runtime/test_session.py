@@ -92,7 +92,7 @@ def test_dense_bundles_have_one_group_of_caches(bundles):
     session = bundles.session("mha", policy="none")
     session.prefill([IMAGE_PROMPT], pixels(), max_new_tokens=8)
     decoded = session.decode([5])
-    assert session.kv_plan.groups[-1].name == 'full'
+    assert session.kv_plan.groups[-1].name == "full"
     assert decoded.cache_lengths[:, 0].tolist() == [4 + 36 + 1] * 4
     assert decoded.keep.tolist() == [True]
     assert decoded.forced.tolist() == [False]

@@ -31,7 +31,7 @@ import dllava_export.training
 from dllava_export.checkpoints.checkpoint import random_checkpoint, read_checkpoint
 from dllava_export.cli import main
 from dllava_export.errors import BundleError
-from dllava_export.exporting.exporter import export
+from dllava_export.exporting.exporter import export_checkpoint
 from dllava_export.training import (
     BadRecordError,
     TrainingError,
@@ -150,7 +150,7 @@ def test_the_losses_are_drawn(trained):
 def test_a_trained_checkpoint_exports_and_runs_as_in_training(folder, data, trained):
     path = trained[0].folder
     checkpoint = read_checkpoint(path)
-    export(checkpoint, folder / "bundle")
+    export_checkpoint(checkpoint, folder / "bundle")
     settings = TrainingSettings()
     predictors = resolve_predictors(settings, checkpoint)
     model = build_model(checkpoint, predictors, settings, torch.device("cpu")).eval()

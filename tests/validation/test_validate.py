@@ -17,7 +17,7 @@ from planted import (
 from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError, BundleError, InvalidInputError
 from dllava_export.validation.settings import ValidationSettings
-from dllava_export.validation.validate import validate
+from dllava_export.validation.validate import validate_bundle
 
 NUM_PROMPT = 60  # rows of a random prompt of checkpoint mha, 36 of them an image
 MHA = str(DATA / "mha")
@@ -28,7 +28,7 @@ def run(path, against="torch", **settings):
     checkpoint = settings.pop("checkpoint", MHA if against == "torch" else None)
     options = {"num_steps": 5, "num_threads": 1, **settings}
     prompt = {name: options.pop(name) for name in ("image", "prompt") if name in options}
-    return validate(
+    return validate_bundle(
         path, ValidationSettings(against=against, checkpoint=checkpoint, **options), **prompt
     )
 

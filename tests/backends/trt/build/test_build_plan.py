@@ -82,7 +82,7 @@ def test_no_prompt_keeps_more_rows_than_the_sparse_caches_hold(planned):
 
 def test_dense_decoder_has_one_capacity_and_no_selection(planned):
     plan = planned(sparsity={"policy": "none"})
-    assert plan.kv.groups[-1].name == 'full'
+    assert plan.kv.groups[-1].name == "full"
     assert "num_kept" not in profiles(plan)["decoder", "prefill"]
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from dllava_export.checkpoints.checkpoint import read_checkpoint
 from dllava_export.cli import main
-from dllava_export.exporting.exporter import export
+from dllava_export.exporting.exporter import export_checkpoint
 
 CODE = "import sys; from dllava_export.cli import main; main(sys.argv[1:])"
 SIZES = ["--max-input-len", "640", "--max-kv-cache-capacity", "1025"]
@@ -23,7 +23,7 @@ MIB = 2**20
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     factory.make_sparse_7b(folder / "in", num_layers=4)
-    export(read_checkpoint(folder / "in"), folder / "out")
+    export_checkpoint(read_checkpoint(folder / "in"), folder / "out")
     yield folder / "out"
     for path in folder.rglob("*.safetensors"):
         path.unlink()  # a backup of the folder would fill the holes
