@@ -17,9 +17,10 @@ from dllava_export.runtime.generation import (
     start_run,
 )
 from dllava_export.runtime.results import Generation, ImageInput
+from dllava_export.settings import settings_from
 
 if TYPE_CHECKING:
-    from dllava_export.runtime.session import Session
+    from dllava_export.runtime.decoding import DecodingSession
 
 __all__ = ["Chat", "Turn"]
 
@@ -48,7 +49,7 @@ class Chat:
         turns: What was said, oldest first.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: DecodingSession) -> None:
         self._session = session
         self._num_prefills = -1
         self.turns: list[Turn] = []
@@ -78,7 +79,7 @@ class Chat:
         self, question: str, image: ImageInput | None = None, **settings: Any
     ) -> Stream:
         """Return the answer to a question as it is generated; see `ask`."""
-        chosen = GenerationSettings(**settings)
+        chosen = settings_from(GenerationSettings, settings)
         if chosen.mode != "cache":
             raise InvalidInputError(
                 f"A chat keeps what was said in the KV cache, but mode is {chosen.mode!r}. Use "
@@ -117,5 +118,7 @@ class Chat:
         return np.concatenate([rest, self._session.tokenizer.encode_follow_up(question)])
 
 
-def _whole_context(session: Session, settings: GenerationSettings) -> GenerationSettings:
+def _whole_context(
+    session: DecodingSession, settings: GenerationSettings
+) -> GenerationSettings:
     return dataclasses.replace(settings, max_new_tokens=session.max_length)

@@ -18,7 +18,7 @@ from dllava_export.runtime.sampling import Sampler
 
 if TYPE_CHECKING:
     from dllava_export.prompts.reader import Prompts
-    from dllava_export.runtime.session import Session
+    from dllava_export.runtime.decoding import DecodingSession
 
 __all__ = [
     "MODES",
@@ -65,7 +65,7 @@ class GenerationSettings:
 
 
 def prompt_ids(
-    session: Session,
+    session: DecodingSession,
     prompts: Sequence[str] | None,
     images: Sequence[Any] | None,
     input_ids: Prompts | None,
@@ -105,7 +105,7 @@ def prompt_ids(
 
 
 def start_run(
-    session: Session,
+    session: DecodingSession,
     ids: list[np.ndarray],
     images: Sequence[Any] | None,
     settings: GenerationSettings,
@@ -150,7 +150,9 @@ class GenerationLoop:
         results: One per sample; complete when `pieces` is exhausted.
     """
 
-    def __init__(self, session: Session, run: Run, settings: GenerationSettings) -> None:
+    def __init__(
+        self, session: DecodingSession, run: Run, settings: GenerationSettings
+    ) -> None:
         self._run = run
         self._sampler = settings.sampler()
         self._max_new_tokens = settings.max_new_tokens
@@ -234,7 +236,11 @@ class CachedRun(Run):
     """Prefill, then one decode step per token."""
 
     def __init__(
-        self, session: Session, ids: list[np.ndarray], pixels: np.ndarray | None, num_new: int
+        self,
+        session: DecodingSession,
+        ids: list[np.ndarray],
+        pixels: np.ndarray | None,
+        num_new: int,
     ) -> None:
         self.batch = len(ids)
         self._session = session
@@ -279,7 +285,7 @@ class CachedRun(Run):
 class ExtendedRun(CachedRun):
     """A further prompt on top of the caches, then one decode step per token."""
 
-    def __init__(self, session: Session, ids: np.ndarray) -> None:
+    def __init__(self, session: DecodingSession, ids: np.ndarray) -> None:
         super().__init__(session, [ids], None, 0)
 
     def start(self, results: list[Generation]) -> np.ndarray:
@@ -292,7 +298,11 @@ class RecomputeRun(Run):
     """The whole sequence anew for every token; the image is encoded once."""
 
     def __init__(
-        self, session: Session, ids: list[np.ndarray], pixels: np.ndarray | None, num_new: int
+        self,
+        session: DecodingSession,
+        ids: list[np.ndarray],
+        pixels: np.ndarray | None,
+        num_new: int,
     ) -> None:
         self.batch = len(ids)
         self._session = session

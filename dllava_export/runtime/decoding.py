@@ -1,0 +1,333 @@
+"""Run a bundle: prefill, decode, further prompts, passes without a cache.
+
+A `Session` keeps the bookkeeping that all backends share: which rows are fed, how long each
+cache is, what was kept. A backend only runs graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from dllava_export import names
+from dllava_export.backends.backend import Backend, StepInputs
+from dllava_export.backends.kv_plan import KVPlan, plan_kv_cache
+from dllava_export.bundles.manifest import Manifest
+from dllava_export.errors import InvalidInputError, SettingError
+from dllava_export.prompts.placeholders import check_prompt
+from dllava_export.prompts.reader import PromptReader, Prompts
+from dllava_export.prompts.rows import PromptRows, assemble_prompt
+from dllava_export.runtime.results import DecodeResult, PrefillResult, RecomputeResult
+from dllava_export.runtime.slots import Slots
+
+if TYPE_CHECKING:
+    from dllava_export.prompts.images import ImageProcessor
+    from dllava_export.prompts.tokenizer import ChatTokenizer
+
+
+__all__ = ["DecodingSession"]
+
+
+_ROW_VALUE = 0.01
+
+
+class DecodingSession:
+    """One conversation, or one batch of them, over a bundle. Made by `load`.
+
+    Attributes:
+        manifest: What the bundle is.
+        max_length: Tokens a sample may have, prompt and answer together.
+        num_prefills: How often caches were filled anew.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, backend: Backend, max_length: int
+    ) -> None:
+        self.manifest = manifest
+        self.max_length = max_length
+        self._backend = backend
+        self._reader = PromptReader(folder, manifest, max_length, backend.encode_images)
+        self._slots = Slots(backend, max_length)
+        self._is_closed = False
+        self.num_prefills = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let graphs, weights and caches go. The session cannot be used afterwards."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._backend.close()
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs the bundle, as `load` takes it."""
+        return self._backend.name
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """The bundle's tokenizer; `InvalidInputError` if it has none."""
+        return self._reader.tokenizer
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        """What turns pictures into `pixel_values`; `InvalidInputError` if there is no tower."""
+        return self._reader.image_processor
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        if self.manifest.chat_template is not None:
+            return self.tokenizer.eos_token_ids or self.manifest.eos_token_ids
+        return self.manifest.eos_token_ids
+
+    @property
+    def kv_plan(self) -> KVPlan:
+        """The cache buffers of the current batch.
+
+        Raises:
+            InvalidInputError: Before the first prefill.
+        """
+        return self._slots.plan
+
+    @property
+    def cache_lengths(self) -> np.ndarray:
+        """Valid rows of each cache, [layers, batch] int64."""
+        return self._slots.cache_lengths
+
+    @property
+    def is_full(self) -> np.ndarray:
+        """[batch] bool, true where no further token fits."""
+        return self._slots.num_rows >= self._slots.room
+
+    def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a layer's keys and values, [batch, num_kv_heads, capacity, head_dim].
+
+        Rows from `cache_lengths[layer]` on mean nothing. Keys are after rotary embedding.
+        """
+        assert self.kv_plan  # there is none before a prefill
+        return self._backend.cache(layer)
+
+    def embed(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return the embeddings [..., hidden_size] of token ids [...] int64.
+
+        Raises:
+            InvalidInputError: If an id is outside the vocabulary, or there is no table.
+        """
+        return self._reader.lookup(token_ids)
+
+    def fill(self, num_tokens: int) -> None:
+        """Leave the caches as so many generated tokens would, the expected share of them kept.
+
+        For measurements: what the rows hold means nothing. In memory of the CPU they are
+        written, since a row that never was costs less to read: the system backs all of those
+        with one page.
+
+        Args:
+            num_tokens: Tokens that each sample seems to have generated.
+        """
+        sparsity = self.manifest.sparsity
+        rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0
+        before = self.cache_lengths
+        self._slots.advance({names.FULL: num_tokens, names.SPARSE: round(rate * num_tokens)})
+        for layer, after in enumerate(self.cache_lengths):
+            for rows in self.cache(layer):
+                rows[:, :, before[layer].min() : after.max()] = _ROW_VALUE
+
+    def rewind(self, cache_lengths: np.ndarray) -> None:
+        """Go back to what an earlier `cache_lengths` said: rows behind it are forgotten.
+
+        Args:
+            cache_lengths: [layers, batch] int64, as the property returned it.
+        """
+        self._slots.rewind(cache_lengths)
+
+    def prefill(
+        self,
+        input_ids: Prompts,
+        pixel_values: np.ndarray | None = None,
+        *,
+        image_features: np.ndarray | None = None,
+        max_new_tokens: int | None = None,
+    ) -> PrefillResult:
+        """Feed new prompts; whatever was cached before is dropped.
+
+        Args:
+            input_ids: [batch, t] int64, or one array per sample. -200 or the tokenizer's image
+                token stands for the image.
+            pixel_values: [num_images, 3, image_size, image_size] float32, one for each sample
+                with a placeholder, in order.
+            image_features: [num_images, num_image_tokens, hidden_size], instead of pixels.
+            max_new_tokens: Tokens that will follow at most, answers and further prompts;
+                as many as `max_length` allows by default. Sizes the caches.
+
+        Raises:
+            InvalidInputError: If prompts and images do not fit the bundle or each other.
+            CapacityError: If a prompt is longer than `max_length`.
+            SettingError: If `max_new_tokens` is negative.
+        """
+        if max_new_tokens is not None and max_new_tokens < 0:
+            raise SettingError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
+        rows = self._reader.rows(input_ids, pixel_values, image_features)
+        longest = int(rows.lengths.max())
+        room = self.max_length - longest
+        num_new = room if max_new_tokens is None else min(max_new_tokens, room)
+        kept_lengths = self._reader.kept_lengths(rows)
+        plan = plan_kv_cache(
+            self.manifest.geometry,
+            self.manifest.sparsity,
+            self.manifest.precision,
+            batch=len(rows.lengths),
+            num_prompt=longest,
+            num_kept=int(kept_lengths.max()),
+            num_new=num_new,
+        )
+        self._slots.allocate(plan)
+        self.num_prefills += 1
+        outputs = self._slots.admit(rows, kept_lengths)
+        kept = _kept_image_indices(rows, outputs.kept_indices, kept_lengths)
+        return PrefillResult(outputs.logits, kept, self.cache_lengths)
+
+    def decode(
+        self, token_ids: np.ndarray | Sequence[int], *, active: np.ndarray | None = None
+    ) -> DecodeResult:
+        """Feed one generated token per sample.
+
+        Args:
+            token_ids: [batch] int64.
+            active: [batch] bool; samples that are finished are fed padding and do not change.
+                All are active by default.
+
+        Raises:
+            CapacityError: If an active sample's cache is full.
+            InvalidInputError: If there is no cache yet, `token_ids` or `active` is not one for
+                each sample, or an id is not in the vocabulary.
+        """
+        # Few lines, for the reason that `Slots.step` gives.
+        batch = self._slots.plan.batch
+        ids = np.asarray(token_ids, np.int64)
+        if ids.shape != (batch,):
+            raise InvalidInputError(
+                f"decode got token ids of shape {ids.shape}, expected ({batch},): one for "
+                "each sample of the last prefill."
+            )
+        step = self._slots.step(self._reader.lookup(ids), active)
+        return DecodeResult(step.logits, step.keep, step.forced, self.cache_lengths)
+
+    def extend(self, input_ids: Prompts) -> PrefillResult:
+        """Feed a further prompt on top of the caches; all its rows are stored.
+
+        Args:
+            input_ids: [batch, t] int64, or one array per sample; text only.
+
+        Returns:
+            As prefill; `kept_image_indices` is empty.
+
+        Raises:
+            CapacityError: If it does not fit.
+            InvalidInputError: If there is no cache yet, or an image in the prompt.
+        """
+        batch = self.kv_plan.batch
+        prompts = self._reader.normalised(input_ids)
+        if len(prompts) != batch:
+            raise InvalidInputError(
+                f"extend got {len(prompts)} prompts, expected {batch}: one for each sample of "
+                "the last prefill."
+            )
+        check_prompt(prompts, has_image=False, vocab_size=self.manifest.geometry.vocab_size)
+        reader = self._reader
+        rows = [
+            assemble_prompt([ids], None, reader.lookup, reader.positions) for ids in prompts
+        ]
+        self._slots.make_room(np.concatenate([one.lengths for one in rows]))
+        logits = [self._slots.extend(one, slot).logits for slot, one in enumerate(rows)]
+        return PrefillResult(
+            np.concatenate(logits), np.zeros((len(prompts), 0), np.int64), self.cache_lengths
+        )
+
+    def recompute(
+        self,
+        input_ids: Prompts,
+        pixel_values: np.ndarray | None = None,
+        output_ids: np.ndarray | None = None,
+        *,
+        image_features: np.ndarray | None = None,
+    ) -> RecomputeResult:
+        """Run prompt and answer so far in one pass without a cache.
+
+        Args:
+            input_ids: As for prefill.
+            pixel_values: As for prefill.
+            output_ids: [batch, j] int64, the answer so far; none by default.
+            image_features: As for prefill.
+
+        Raises:
+            InvalidInputError: If inputs do not fit the bundle or each other.
+            CapacityError: If a prompt is longer than `max_length`.
+        """
+        outputs = None
+        if output_ids is not None:
+            outputs = np.asarray(output_ids, np.int64)
+            if outputs.ndim != 2:
+                raise InvalidInputError(
+                    f"output_ids has shape {outputs.shape}, expected [batch, j]."
+                )
+        rows = self._reader.rows(input_ids, pixel_values, image_features, outputs)
+        kept_lengths = self._reader.kept_lengths(rows)
+        result = self._backend.recompute(
+            StepInputs(
+                inputs_embeds=rows.inputs_embeds,
+                position_ids=rows.position_ids,
+                token_kind=rows.token_kind,
+                num_kept=kept_lengths.max(keepdims=True),
+                kept_lengths=kept_lengths,
+                num_image_rows=rows.num_image.max(keepdims=True),
+                write_indices={},
+            )
+        )
+        num_rows = result.num_rows if result.num_rows is not None else kept_lengths
+        return RecomputeResult(result.logits, num_rows)
+
+    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Return image features.
+
+        Args:
+            pixel_values: [num_images, 3, image_size, image_size] float32.
+
+        Returns:
+            [num_images, num_image_tokens, hidden_size], the bundle's precision.
+
+        Raises:
+            InvalidInputError: If the shape is wrong or the bundle takes no pictures.
+        """
+        return self._backend.encode_images(self._reader.checked_pixels(pixel_values))
+
+    def normalised_prompts(self, input_ids: Prompts) -> list[np.ndarray]:
+        """Return one int64 array per sample, with -200 as the only image placeholder."""
+        return self._reader.normalised(input_ids)
+
+
+def _kept_image_indices(
+    rows: PromptRows, kept_indices: np.ndarray | None, kept_lengths: np.ndarray
+) -> np.ndarray:
+    """Return [batch, k] int64 within each image; -1 where a sample has none."""
+    found = []
+    for sample, num_image in enumerate(rows.num_image):
+        start = rows.image_start[sample]
+        kept = np.arange(num_image)
+        if kept_indices is not None and num_image:
+            indices = kept_indices[sample, : kept_lengths[sample]] - start
+            kept = indices[(indices >= 0) & (indices < num_image)]
+        found.append(kept)
+    width = max((len(kept) for kept in found), default=0)
+    result = np.full((len(found), width), -1, np.int64)
+    for sample, kept in enumerate(found):
+        result[sample, : len(kept)] = kept
+    return result
