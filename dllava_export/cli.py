@@ -13,6 +13,7 @@ import click
 
 from dllava_export.commands.bench import bench
 from dllava_export.commands.build import build
+from dllava_export.commands.chat import chat
 from dllava_export.commands.doctor import doctor
 from dllava_export.commands.evaluate import evaluate
 from dllava_export.commands.export import export
@@ -59,6 +60,7 @@ for _command in (
     export,
     sparsify,
     run,
+    chat,
     inspect,
     plan,
     bench,

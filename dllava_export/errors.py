@@ -10,8 +10,10 @@ __all__ = [
     "DllavaExportError",
     "EngineBuildError",
     "InvalidInputError",
+    "MissingPackageError",
     "PostconditionError",
     "PreconditionError",
+    "RegistryError",
     "SettingError",
     "UnsupportedModelError",
 ]
@@ -23,6 +25,14 @@ class DllavaExportError(Exception):
 
 class SettingError(DllavaExportError, ValueError):
     """A setting is out of range, unknown, or does not go with another one."""
+
+
+class MissingPackageError(DllavaExportError):
+    """A package is not installed that a plain installation leaves out."""
+
+
+class RegistryError(DllavaExportError):
+    """Something that another package adds cannot be loaded, or has a name that is taken."""
 
 
 class CheckpointError(DllavaExportError):

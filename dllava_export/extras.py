@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from dllava_export.errors import DllavaExportError
+from dllava_export.errors import MissingPackageError
 
-__all__ = ["EXTRAS", "MissingPackageError", "missing_packages_explained"]
+__all__ = ["EXTRAS", "missing_packages_explained"]
 
 EXTRAS = {"torch": "export", "onnxscript": "export", "polygraphy": "export"}
 """Module → the extra of this package that installs it."""
-
-
-class MissingPackageError(DllavaExportError):
-    """A package is not installed that a plain installation leaves out."""
 
 
 @contextlib.contextmanager

@@ -12,15 +12,11 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
-from dllava_export.errors import DllavaExportError
+from dllava_export.errors import RegistryError
 
-__all__ = ["Registry", "RegistryError", "close_match"]
+__all__ = ["Registry", "close_match"]
 
 T = TypeVar("T")
-
-
-class RegistryError(DllavaExportError):
-    """Something that another package adds cannot be loaded, or has a name that is taken."""
 
 
 class Registry(Generic[T]):

@@ -12,6 +12,7 @@ from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.commands.command import Command
 from dllava_export.commands.policy_option import PolicyName, PolicyOption
 from dllava_export.commands.registry_choice import RegistryChoice
+from dllava_export.errors import DllavaExportError
 from dllava_export.sparsity import DEFAULT_POLICY
 
 __all__ = [
@@ -114,9 +115,13 @@ class BackendCommand(Command):
 
         params = super().get_params(ctx)
         taken = {flag for param in params for flag in param.opts}
+        try:
+            backends = BACKENDS.all()
+        except DllavaExportError as error:  # another package's backend is broken
+            raise click.ClickException(str(error)) from error
         offered = {
             option.flag: option
-            for backend in BACKENDS.all()
+            for backend in backends
             for option in backend.cli_options()
             if option.flag not in taken
         }
@@ -130,8 +135,8 @@ class BackendCommand(Command):
             )
             for option in offered.values()
         ]
-        # Before --profile and --help, which close every list.
-        return [*params[:-2], *others, *params[-2:]]
+        place = [param.name for param in params].index("backend") + 1
+        return [*params[:place], *others, *params[place:]]
 
 
 def _remember_option(ctx: click.Context, param: click.Parameter, value: Any) -> None:
