@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-import dllava_export
 from api_reference import TARGET, api_reference
+
+import dllava_export
 
 
 def test_the_reference_is_what_the_code_says():
