@@ -131,7 +131,7 @@ def test_reports_a_damaged_manifest(folder, content):
     [
         pytest.param({"unknown": 1}, id="unknown key"),
         pytest.param({"passes": None}, id="missing key"),
-        pytest.param({"sparsity": {"policy": "best"}}, id="unknown policy"),
+        pytest.param({"sparsity": {"policy": "norm"}}, id="a policy that decides nothing"),
         pytest.param({"geometry": {"predictor": None}}, id="incomplete geometry"),
         pytest.param({"files": {"llm/model.onnx": {}}}, id="file without size"),
         pytest.param({"files": ["llm/model.onnx"]}, id="files as a list"),
@@ -142,6 +142,11 @@ def test_reports_a_manifest_with_wrong_values(folder, changes):
     change_manifest(folder, **changes)
     with pytest.raises(BundleError, match=r"is damaged"):
         read_manifest(folder)
+
+
+def test_a_policy_need_not_be_installed(folder):
+    change_manifest(folder, sparsity={"policy": "mine"})
+    assert read_manifest(folder).sparsity.policy == "mine"
 
 
 @pytest.mark.parametrize(
