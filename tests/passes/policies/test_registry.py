@@ -99,7 +99,7 @@ def test_refuses_rates_that_need_no_decision(rate: float) -> None:
 
 def test_refuses_policies_without_a_decision() -> None:
     with pytest.raises(
-        ValueError, match="^policy 'norm' has no decision .* of predictor, rand"
+        ValueError, match=r"^policy 'norm' has no decision .* of predictor, rand"
     ):
         check_text_policy("norm", 0.5)
     with pytest.raises(ValueError, match="policy must be one of"):
