@@ -179,6 +179,16 @@ def test_sparsify_prints_what_was_written(bundles, tmp_path):
     assert read_manifest(tmp_path / "out").sparsity.image_keep_rate == 0.25
 
 
+def test_generated_tokens_may_have_a_policy_of_their_own(bundles, tmp_path):
+    options = ["--policy", "norm", "--output-text-policy", "uniform"]
+    rate = ["--output-text-keep-rate", 0.4]
+    result = succeed("sparsify", bundles.path("gqa"), tmp_path / "out", *options, *rate)
+    assert "sparsity  norm (generated tokens: uniform), from layer 3 on" in result.stdout
+    sparsity = read_manifest(tmp_path / "out").sparsity
+    assert (sparsity.policy, sparsity.text_policy) == ("norm", "uniform")
+    assert sparsity.output_text_keep_rate == 0.4
+
+
 @pytest.mark.parametrize("mode", ["cache", "recompute"])
 def test_run_prints_token_ids_without_a_tokenizer(bundles, mode):
     result = succeed("run", bundles.path("gqa"), *WITH_IMAGE, *SHORT, "--mode", mode)

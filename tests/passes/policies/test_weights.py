@@ -32,7 +32,7 @@ def test_counts_blocks(blocks: int) -> None:
 def test_says_what_is_missing_and_what_to_do() -> None:
     message = (
         "The checkpoint has no output_text_predictor ('output_text_predictor.x' is missing), "
-        "which policy 'predictor' needs. Use a trained Dynamic-LLaVA checkpoint, or one of the "
+        "which the policy needs. Use a trained Dynamic-LLaVA checkpoint, or one of the "
         "policies that need no training: random, uniform, norm, none."
     )
     with pytest.raises(PreconditionError, match=f"^{re.escape(message)}$"):
