@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from golden import DATA
+from policy_package import PolicyPackages
 from word_tokenizer import save_tokenizer
 
 from dllava_export.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -109,3 +110,11 @@ def traced_once(monkeypatch: pytest.MonkeyPatch, traced_graphs: dict[str, bytes]
 
     for name in ("trace_decoder", "trace_visual"):
         monkeypatch.setattr(tracing, name, remember(getattr(tracing, name)))
+
+
+@pytest.fixture
+def policy_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PolicyPackages:
+    """Packages with policies, there during one test."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    return PolicyPackages(folder, monkeypatch)

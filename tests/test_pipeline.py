@@ -11,10 +11,10 @@ import pytest
 from dllava_export import names, pipeline
 from dllava_export.passes.base import Pass, run_passes
 from dllava_export.passes.graph_io import graph_from_model, model_from_graph
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE, Sparsity
 
 SPARSITIES = [
-    pytest.param(Sparsity("none", output_text_keep_rate=1.0), id="none"),
+    pytest.param(DENSE, id="none"),
     pytest.param(Sparsity("predictor", 2), id="predictor"),
     pytest.param(
         Sparsity("predictor", 1, output_text_keep_rate=1.0), id="predictor, text kept"
@@ -22,6 +22,8 @@ SPARSITIES = [
     pytest.param(Sparsity("random", 1), id="random"),
     pytest.param(Sparsity("uniform", 2), id="uniform"),
     pytest.param(Sparsity("norm", 1, output_text_keep_rate=1.0), id="norm"),
+    pytest.param(Sparsity("norm", 1, output_text_policy="uniform"), id="norm, text uniform"),
+    pytest.param(Sparsity("uniform", 1, output_text_policy="predictor"), id="uniform, text"),
 ]
 KINDS = [[1, 2, 2, 2, 2, 2, 1, 1], [2, 2, 2, 2, 2, 1], [1, 1, 1]]
 NUM_LAYERS = 3

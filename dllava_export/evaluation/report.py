@@ -25,6 +25,8 @@ __all__ = [
 
 WhichAnswers = Literal["all", "wrong"]
 
+_BASELINE = "random"  # what a policy must beat: the JSON and the tables name it too
+
 
 @dataclasses.dataclass(frozen=True)
 class KVUse:
@@ -174,8 +176,8 @@ class EvaluationReport:
 
         Among several random bundles, one that keeps as many image tokens counts.
         """
-        randoms = [other for other in self.results if other.policy == "random"]
-        if not randoms or result.policy == "random":
+        randoms = [other for other in self.results if other.policy == _BASELINE]
+        if not randoms or result.policy == _BASELINE:
             return None
         kept = result.total.kept_image_tokens
         alike = [other for other in randoms if other.total.kept_image_tokens == kept]
@@ -280,7 +282,7 @@ class EvaluationReport:
             [result.name, *(_percent(s.accuracy) for s in result.summaries.values())]
             for result in self.results
         ]
-        if any(result.policy == "random" for result in self.results):
+        if any(result.policy == _BASELINE for result in self.results):
             header.append("gain over random")
             for row, result in zip(rows, self.results, strict=True):
                 gain = self.gain_over_random(result)

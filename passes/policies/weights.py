@@ -65,8 +65,8 @@ class PredictorWeights:
 
             prefix = name.split(".", 1)[0]
             raise PreconditionError(
-                f"The checkpoint has no {prefix} ({name!r} is missing), which policy "
-                "'predictor' needs. Use a trained Dynamic-LLaVA checkpoint, or one of the "
+                f"The checkpoint has no {prefix} ({name!r} is missing), which the policy "
+                "needs. Use a trained Dynamic-LLaVA checkpoint, or one of the "
                 f"policies that need no training: {', '.join(untrained_policy_names())}, none."
             )
         return self.tensors[name]

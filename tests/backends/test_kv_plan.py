@@ -4,7 +4,7 @@ import pytest
 
 from dllava_export.backends.kv_plan import RESERVE_ROWS, SPARE_ROWS, plan_kv_cache
 from dllava_export.geometry import Geometry
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE, Sparsity
 
 GEOMETRY = Geometry(
     num_layers=32,
@@ -20,7 +20,6 @@ GEOMETRY = Geometry(
 BYTES_PER_ROW = 2 * 8 * 128 * 2
 HALF = Sparsity(output_text_keep_rate=0.5)
 ALL_TEXT = Sparsity(output_text_keep_rate=1.0)
-DENSE = Sparsity(policy="none", output_text_keep_rate=1.0)
 
 
 def plan(sparsity, num_kept=179, num_new=512):

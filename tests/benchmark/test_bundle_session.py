@@ -3,19 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dllava_export.benchmark.bundle_session import (
-    DENSE_SPARSITY,
-    open_bundle,
-    pretend_generated,
-)
+from dllava_export.benchmark.bundle_session import open_bundle, pretend_generated
 from dllava_export.bundles.manifest import read_manifest
+from dllava_export.sparsity import DENSE
 
 
 @pytest.fixture
 def prefilled(tiny_model):
     def open_it(*, is_dense: bool):
         own = read_manifest(tiny_model.bundle).sparsity
-        session = open_bundle(tiny_model.bundle, DENSE_SPARSITY if is_dense else own, 1)
+        session = open_bundle(tiny_model.bundle, DENSE if is_dense else own, 1)
         session.prefill([[1, -200, 5, 6]], np.ones((1, 3, 56, 56), np.float32))
         return session
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -131,7 +132,7 @@ def test_reports_a_damaged_manifest(folder, content):
     [
         pytest.param({"unknown": 1}, id="unknown key"),
         pytest.param({"passes": None}, id="missing key"),
-        pytest.param({"sparsity": {"policy": "best"}}, id="unknown policy"),
+        pytest.param({"sparsity": {"policy": "norm"}}, id="a policy that decides nothing"),
         pytest.param({"geometry": {"predictor": None}}, id="incomplete geometry"),
         pytest.param({"files": {"llm/model.onnx": {}}}, id="file without size"),
         pytest.param({"files": ["llm/model.onnx"]}, id="files as a list"),
@@ -142,6 +143,12 @@ def test_reports_a_manifest_with_wrong_values(folder, changes):
     change_manifest(folder, **changes)
     with pytest.raises(BundleError, match=r"is damaged"):
         read_manifest(folder)
+
+
+def test_a_policy_need_not_be_installed(folder):
+    written = dataclasses.replace(make_manifest(), sparsity=Sparsity(policy="mine"))
+    write_manifest(folder, written)
+    assert read_manifest(folder) == written
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,16 @@ def test_sparsify_prints_what_was_written(bundles, tmp_path):
     assert read_manifest(tmp_path / "out").sparsity.image_keep_rate == 0.25
 
 
+def test_generated_tokens_may_have_a_policy_of_their_own(bundles, tmp_path):
+    options = ["--policy", "norm", "--output-text-policy", "uniform"]
+    rate = ["--output-text-keep-rate", 0.4]
+    result = succeed("sparsify", bundles.path("gqa"), tmp_path / "out", *options, *rate)
+    assert "sparsity  norm (generated tokens: uniform), from layer 3 on" in result.stdout
+    sparsity = read_manifest(tmp_path / "out").sparsity
+    assert (sparsity.policy, sparsity.text_policy) == ("norm", "uniform")
+    assert sparsity.output_text_keep_rate == 0.4
+
+
 @pytest.mark.parametrize("mode", ["cache", "recompute"])
 def test_run_prints_token_ids_without_a_tokenizer(bundles, mode):
     result = succeed("run", bundles.path("gqa"), *WITH_IMAGE, *SHORT, "--mode", mode)
@@ -407,7 +417,10 @@ def test_a_disk_that_fills_up_at_the_end(bundles, tmp_path, monkeypatch):
         pytest.param(["--output-text-keep-rate", "2"], "0<x<=1", id="text rate above 1"),
         pytest.param(["--image-keep-tokens", "0"], "x>=1", id="no tokens"),
         pytest.param(["--sparse-layer", "0"], "x>=1", id="layer 0"),
-        pytest.param(["--policy", "best"], "'best' is not one of", id="unknown policy"),
+        pytest.param(["--policy", "best"], "policy must be one of predictor, random, uniform,",
+                     id="unknown policy"),
+        pytest.param(["--output-text-policy", "norm"],
+                     "policy 'norm' has no decision for a single token", id="no text policy"),
         pytest.param(["--image-keep-rate", "0.5", "--image-keep-tokens", "3"],
                      "Give --image-keep-rate or --image-keep-tokens, not both.", id="both"),
     ],
@@ -426,7 +439,8 @@ def test_wrong_usage_of_sparsity_options(tmp_path, command, options, message):
         pytest.param(["--image-keep-tokens", "5"], "5 of 4 image tokens would be kept",
                      id="more than there are"),
         pytest.param(["--policy", "norm", "--output-text-keep-rate", "0.5"],
-                     "Use output_text_keep_rate 1.0, or policy predictor", id="norm"),
+                     "Use output_text_keep_rate 1.0, or an output_text_policy: predictor, ",
+                     id="norm"),
         pytest.param(["--image-keep-rate", "nan"],
                      "image_keep_rate must be in (0, 1], got nan.", id="not a number"),
         pytest.param(["--num-decoder-layers", "9"], "num_decoder_layers", id="too many layers"),

@@ -17,9 +17,8 @@ from dllava_export.cost.inspection import inspect_geometry
 from dllava_export.cost.inspection_plot import plot_report
 from dllava_export.errors import InvalidInputError
 from dllava_export.geometry import Geometry, PredictorGeometry
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE, Sparsity
 
-DENSE = Sparsity(policy="none")
 LLAVA_7B = Geometry(
     num_layers=32,
     hidden_size=4096,

@@ -7,7 +7,7 @@ from counted_bundle import GEOMETRY, HIDDEN, NUM_IMAGE, VOCAB, WIDE, make_counte
 
 from dllava_export.cost.planning import ASSUMPTIONS, RUNTIME_BYTES, PlanRequest, plan_memory
 from dllava_export.errors import BundleError
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE
 
 # One sample of 20 prompt rows and 400 new tokens, counted by hand. A cache row of one layer is
 # a key and a value of 4 in float16.
@@ -75,7 +75,7 @@ def test_a_prompt_without_an_image_keeps_all_rows(folder):
 
 
 def test_a_dense_bundle_equals_its_dense_form(tmp_path):
-    make_counted_bundle(tmp_path, sparsity=Sparsity("none", output_text_keep_rate=1.0))
+    make_counted_bundle(tmp_path, sparsity=DENSE)
     found = plan(tmp_path)
     assert found.sparse == found.dense
     assert "cache rows, layers 0 to 1" in found.to_text()

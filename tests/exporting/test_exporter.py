@@ -25,7 +25,7 @@ from dllava_export.exporting.options import SparsityOptions
 from dllava_export.exporting.report import ExportReport
 from dllava_export.geometry import Geometry, PredictorGeometry
 from dllava_export.runtime.loading import load
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE, Sparsity
 
 UNIFORM = SparsityOptions(policy="uniform", sparse_layer=1, image_keep_rate=0.5)
 IDS = [1, -200, 5, 6]
@@ -405,8 +405,18 @@ def resolved(checkpoint, **options) -> Sparsity:
                      Sparsity("uniform", 2, 0.5), id="another policy, as trained"),
         pytest.param("trained", {"policy": "norm"}, Sparsity("norm", 1, 0.5, None, 1.0),
                      id="norm keeps all text"),
-        pytest.param("trained", {"policy": "none"},
-                     Sparsity("none", output_text_keep_rate=1.0), id="dense"),
+        pytest.param("trained", {"policy": "none", "output_text_policy": "uniform"}, DENSE,
+                     id="dense"),
+        pytest.param("trained", {"policy": "norm", "output_text_policy": "uniform"},
+                     Sparsity("norm", 1, 0.5, None, 0.5, "uniform"), id="two policies"),
+        pytest.param("trained", {"policy": "uniform", "output_text_policy": "predictor"},
+                     Sparsity("uniform", 1, 0.5, None, 0.5, "predictor"), id="trained text"),
+        pytest.param("plain", {"policy": "norm", "output_text_policy": "uniform",
+                               "output_text_keep_rate": 0.3, "image_keep_tokens": 1},
+                     Sparsity("norm", 2, 0.2, 1, 0.3, "uniform"), id="two without training"),
+        pytest.param("image only", {"output_text_policy": "random"},
+                     Sparsity("predictor", 1, 0.5, None, 0.5, "random"),
+                     id="a policy in place of the text predictor"),
         pytest.param("image only", {}, Sparsity("predictor", 1, 0.5, None, 1.0),
                      id="no text predictor keeps all text"),
         pytest.param("plain", {"policy": "random", "image_keep_rate": 0.3},
@@ -426,8 +436,16 @@ def test_fills_in_what_was_left_open(checkpoints, name, options, expected):
                      "plain is a llava checkpoint without an image predictor, which policy "
                      "'predictor' needs.*random, uniform, norm, or none", id="no predictors"),
         pytest.param("image only", {"output_text_keep_rate": 0.5}, UnsupportedModelError,
-                     r"without an output-text predictor, but .* 0\.5 .* Use 1\.0\.",
+                     r"without an output-text predictor, but .* 0\.5 .* Use 1\.0, or an output-t",
                      id="no text predictor"),
+        pytest.param("plain", {"policy": "norm", "output_text_policy": "predictor",
+                               "image_keep_tokens": 1}, UnsupportedModelError,
+                     "plain is a llava checkpoint without an output-text predictor",
+                     id="no text predictor for another policy"),
+        pytest.param("trained", {"output_text_policy": "norm"}, ValueError,
+                     "policy 'norm' ranks image tokens", id="no text policy"),
+        pytest.param("trained", {"output_text_policy": "unifrom"}, ValueError,
+                     "got 'unifrom'. Did you mean 'uniform'", id="unknown text policy"),
         pytest.param("trained", {"sparse_layer": 3}, ValueError,
                      r"sparse_layer must be in 1\.\.2 for 3 decoder layers, got 3\.",
                      id="layer above"),
@@ -444,7 +462,8 @@ def test_fills_in_what_was_left_open(checkpoints, name, options, expected):
         pytest.param("trained", {"policy": "norm", "output_text_keep_rate": 0.5}, ValueError,
                      "policy 'norm' ranks image tokens", id="norm and text"),
         pytest.param("trained", {"policy": "best"}, ValueError,
-                     "policy must be one of predictor, random", id="unknown policy"),
+                     "policy must be one of predictor, random, uniform, norm, none, got 'best'",
+                     id="unknown policy"),
     ],
 )  # fmt: skip
 def test_refuses_settings(checkpoints, name, options, error, message):

@@ -9,7 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 import torch
-from test_policies import official_image_logits
+from policy_graphs import official_image_logits
 
 from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
@@ -20,7 +20,6 @@ from dllava_export.passes.insert_image_selection import (
     find_image_selection,
 )
 from dllava_export.passes.insert_kv_cache import InsertKVCachePass
-from dllava_export.passes.policies.registry import IMAGE_POLICIES
 
 LINEAR = """
     {y}_t = Transpose <perm = [1, 0]> ("image_predictor.{name}.weight")
@@ -149,13 +148,13 @@ def reference_rows(
 
 
 @pytest.mark.parametrize("cache", [False, True], ids=["no cache", "cache"])
-@pytest.mark.parametrize("policy", IMAGE_POLICIES)
+@pytest.mark.parametrize("policy", SCORES)
 def test_selects_rows_before_the_sparse_layer(policy: str, cache: bool) -> None:
     after = helpers.apply(dense(cache=cache), selection(policy, blocks=0))
     helpers.assert_same_graph(after, expected(policy, cache))
 
 
-@pytest.mark.parametrize("policy", IMAGE_POLICIES)
+@pytest.mark.parametrize("policy", SCORES)
 def test_leaves_a_sparse_graph_alone(policy: str) -> None:
     model = helpers.apply(dense(cache=True), selection(policy))
     helpers.assert_changes_nothing(model, selection(policy))
@@ -169,7 +168,7 @@ def test_second_run_changes_nothing() -> None:
 
 @pytest.mark.parametrize("policy", ["none", "fastv"])
 def test_refuses_unknown_policies(policy: str) -> None:
-    message = f"policy must be one of predictor, random, uniform, norm, got '{policy}'."
+    message = f"policy must be one of predictor, random, uniform, norm, got '{policy}'. "
     with pytest.raises(ValueError, match=re.escape(message)):
         InsertImageSelectionPass(policy, 1)
 
@@ -240,7 +239,7 @@ def test_reports_a_cache_at_the_full_index() -> None:
         Broken("norm", 1)(graph_from_model(dense(cache=True)))
 
 
-@pytest.mark.parametrize("policy", IMAGE_POLICIES)
+@pytest.mark.parametrize("policy", SCORES)
 def test_keeping_every_row_equals_the_dense_graph(policy: str) -> None:
     feeds = helpers.prompt([[1, 2, 2, 2, 1, 1], [2, 2, 2, 1]], drop=0)
     expected = helpers.run(dense(), feeds)
@@ -249,7 +248,7 @@ def test_keeping_every_row_equals_the_dense_graph(policy: str) -> None:
     assert actual[names.KEPT_INDICES].tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 5, 5]]
 
 
-@pytest.mark.parametrize("policy", IMAGE_POLICIES)
+@pytest.mark.parametrize("policy", SCORES)
 @pytest.mark.parametrize("sparse_layer", [1, 2])
 def test_equals_the_reference_with_fewer_rows(policy: str, sparse_layer: int) -> None:
     kinds, drop = [[1, 2, 2, 2, 2, 2, 1, 1], [1, 1, 2, 2, 2, 2, 2], [1, 1, 1]], 3
@@ -273,7 +272,7 @@ def test_equals_the_reference_with_fewer_rows(policy: str, sparse_layer: int) ->
         helpers.assert_close(outputs[names.LOGITS][sample], logits.astype(np.float32))
 
 
-@pytest.mark.parametrize("policy", IMAGE_POLICIES)
+@pytest.mark.parametrize("policy", SCORES)
 @pytest.mark.parametrize("drop", [0, 1, 8, 12])
 def test_kept_rows_ascend_and_hold_all_text(policy: str, drop: int) -> None:
     kinds = [1, 1, *[2] * 13, 1, 3]

@@ -15,7 +15,6 @@ from dllava_export.passes.graph_io import graph_from_model
 from dllava_export.passes.insert_image_selection import InsertImageSelectionPass
 from dllava_export.passes.insert_keep_bit import InsertKeepBitPass
 from dllava_export.passes.insert_kv_cache import InsertKVCachePass
-from dllava_export.passes.policies.registry import TEXT_POLICIES
 
 LAST_ROWS = """
     last_h0 = Slice (kept_h0, last_axis, end, axis_1)
@@ -102,18 +101,18 @@ def reference_keep(policy: str, hidden: np.ndarray, position: int, rate: float) 
     return bool(helpers.text_logits(hidden)[0] > 0)
 
 
-@pytest.mark.parametrize("policy", TEXT_POLICIES)
+@pytest.mark.parametrize("policy", DECISIONS)
 def test_the_sparse_index_depends_on_a_decision(policy: str) -> None:
     after = helpers.apply(without_bit(), keep_bit(policy))
     helpers.assert_same_graph(after, expected(policy))
 
 
-@pytest.mark.parametrize("policy", TEXT_POLICIES)
+@pytest.mark.parametrize("policy", DECISIONS)
 def test_leaves_a_graph_with_a_keep_bit_alone(policy: str) -> None:
     helpers.assert_changes_nothing(expected(policy), keep_bit(policy))
 
 
-@pytest.mark.parametrize("policy", TEXT_POLICIES)
+@pytest.mark.parametrize("policy", DECISIONS)
 def test_second_run_changes_nothing(policy: str) -> None:
     after = helpers.apply(without_bit(), keep_bit(policy))
     helpers.assert_changes_nothing(after, keep_bit(policy))
@@ -164,7 +163,7 @@ def test_reports_an_index_that_ignores_the_bit() -> None:
         Broken("random", 0.5)(graph_from_model(without_bit()))
 
 
-@pytest.mark.parametrize("policy", TEXT_POLICIES)
+@pytest.mark.parametrize("policy", DECISIONS)
 def test_prefill_is_not_touched(policy: str) -> None:
     feeds = helpers.prompt([[1, 2, 2, 2, 1], [1, 1]], drop=2) | helpers.empty_caches(2, [9, 9])
     expected = helpers.run(without_bit(), feeds)
@@ -174,7 +173,7 @@ def test_prefill_is_not_touched(policy: str) -> None:
         assert (values == expected[name]).all()
 
 
-@pytest.mark.parametrize("policy", TEXT_POLICIES)
+@pytest.mark.parametrize("policy", DECISIONS)
 def test_decode_equals_a_reference_that_forgets_dropped_rows(policy: str) -> None:
     model = helpers.Runner(helpers.apply(without_bit(3), keep_bit(policy, 0.5)))
     kinds, steps = [[1, 1, 1, 1], [1, 1]], 8

@@ -13,7 +13,6 @@ from dllava_export.passes.graph_io import graph_from_model
 from dllava_export.passes.insert_image_selection import InsertImageSelectionPass
 from dllava_export.passes.insert_kv_cache import InsertKVCachePass
 from dllava_export.passes.insert_output_text_selection import InsertOutputTextSelectionPass
-from dllava_export.passes.policies.registry import TEXT_POLICIES
 
 CANDIDATES = """
     positions = ai.dllava.GatherTokens (position_ids, kept_indices)
@@ -93,13 +92,13 @@ def reference_rows(
     return sorted([*others, *best.tolist()])
 
 
-@pytest.mark.parametrize("policy", TEXT_POLICIES)
+@pytest.mark.parametrize("policy", DECISIONS)
 def test_selects_generated_rows_after_the_image_selection(policy: str) -> None:
     after = helpers.apply(without_selection(), selection(policy))
     helpers.assert_same_graph(after, expected(policy))
 
 
-@pytest.mark.parametrize("policy", TEXT_POLICIES)
+@pytest.mark.parametrize("policy", DECISIONS)
 def test_leaves_a_graph_with_a_selection_alone(policy: str) -> None:
     after = helpers.apply(without_selection(), selection(policy))
     helpers.assert_changes_nothing(after, selection(policy))
@@ -136,7 +135,7 @@ def test_reports_a_selection_that_is_missing() -> None:
         selection("random").ensures(graph_from_model(without_selection()))
 
 
-@pytest.mark.parametrize("policy", TEXT_POLICIES)
+@pytest.mark.parametrize("policy", DECISIONS)
 def test_a_prompt_is_not_touched(policy: str) -> None:
     feeds = helpers.prompt([[1, 2, 2, 1, 3], [1, 1]], drop=1)
     expected = helpers.run(without_selection(), feeds)
@@ -145,7 +144,7 @@ def test_a_prompt_is_not_touched(policy: str) -> None:
     assert actual[names.NUM_ROWS].tolist() == [4, 2]
 
 
-@pytest.mark.parametrize("policy", TEXT_POLICIES)
+@pytest.mark.parametrize("policy", DECISIONS)
 @pytest.mark.parametrize("rate", [0.25, 0.75])
 def test_equals_the_reference_with_fewer_rows(policy: str, rate: float) -> None:
     model = helpers.apply(without_selection(3), selection(policy, rate))
@@ -171,7 +170,7 @@ def test_equals_the_reference_with_fewer_rows(policy: str, rate: float) -> None:
         helpers.assert_close(outputs[names.LOGITS][sample], logits.astype(np.float32))
 
 
-@pytest.mark.parametrize("policy", TEXT_POLICIES)
+@pytest.mark.parametrize("policy", DECISIONS)
 def test_prompt_rows_and_the_last_row_always_stay(policy: str) -> None:
     feeds = helpers.prompt([[1, 2, 1, *[3] * 12]], drop=0)
     num_rows = helpers.run(helpers.apply(without_selection(), selection(policy, 0.01)), feeds)

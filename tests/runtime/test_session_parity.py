@@ -387,6 +387,9 @@ def test_a_dropped_token_is_missed_from_the_next_step_on(bundles):
         pytest.param({"policy": "random", "output_text_keep_rate": 0.2}, id="random 0.2"),
         pytest.param({"policy": "uniform", "output_text_keep_rate": 0.8}, id="uniform 0.8"),
         pytest.param({"policy": "norm"}, id="norm"),
+        pytest.param(
+            {"policy": "norm", "output_text_policy": "uniform"}, id="norm and uniform"
+        ),
         pytest.param({"policy": "random", "image_keep_tokens": 3}, id="three image tokens"),
     ],
 )

@@ -75,6 +75,18 @@ def test_policies_without_weights_match_torch(bundles, policy):
     assert verdicts(report, "keep") == (set() if policy == "norm" else {"match"})
 
 
+@pytest.mark.parametrize(
+    ("policy", "text_policy"),
+    [("norm", "uniform"), ("uniform", "predictor"), ("predictor", "random")],
+)
+def test_text_may_have_a_policy_of_its_own(bundles, policy, text_policy):
+    path = bundles.path("mha", policy=policy, output_text_policy=text_policy)
+    report = run(path, num_steps=12)
+    assert report.first_mismatch is None
+    assert verdicts(report, "keep") == verdicts(report, "num_rows") == {"match"}
+    assert f"policy {policy} (generated tokens: {text_policy})" in report.to_text()
+
+
 def test_a_dense_bundle_matches_torch(bundles):
     report = run(bundles.path("mha", policy="none"), layers=True)
     assert report.passed

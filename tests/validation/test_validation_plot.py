@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from test_validation_report import STEPS, check, make_report
 
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE
 from dllava_export.validation.plot import plot_drift
 
 LAYERS = [
@@ -39,7 +39,7 @@ def test_a_dense_bundle_has_no_sparse_layers(tmp_path):
     shade = (0xF1, 0xF3, 0xF6)
     layers = [*STEPS, LAYERS[0]]
     plot_drift(make_report(*layers), tmp_path / "sparse.png")
-    plot_drift(make_report(*layers, sparsity=Sparsity(policy="none")), tmp_path / "dense.png")
+    plot_drift(make_report(*layers, sparsity=DENSE), tmp_path / "dense.png")
     assert shade in colours(tmp_path / "sparse.png")
     assert shade not in colours(tmp_path / "dense.png")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dllava_export.sparsity import Sparsity
+from dllava_export.sparsity import DENSE, Sparsity
 from dllava_export.validation.checks import Check
 from dllava_export.validation.comparison import Shape
 from dllava_export.validation.report import ValidationReport
@@ -56,7 +56,7 @@ def test_the_heading_says_what_was_run():
         "60 prompt rows, 36 of them an image; 3 forced tokens (random values, seed 0)" in text
     )
     assert "rtol 0.0001, atol 0.0002, elemwise; margin 0.0001" in text
-    dense = make_report(check("prefill", "logits"), sparsity=Sparsity(policy="none"))
+    dense = make_report(check("prefill", "logits"), sparsity=DENSE)
     assert "out (fp32, dense)" in dense.to_text()
 
 

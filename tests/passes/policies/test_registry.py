@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from places import ROOT
+
+from dllava_export.errors import DllavaExportError
+from dllava_export.passes.policies.base import Policy
+from dllava_export.passes.policies.registry import (
+    NO_POLICY,
+    built_in_policy,
+    check_text_policy,
+    find_policy,
+    get_policy,
+    policy_names,
+    text_policy_names,
+    untrained_policy_names,
+    usable_policies,
+)
+
+BUILT_IN = ("predictor", "random", "uniform", "norm")
+
+
+# Built-in policies.
+
+
+def test_knows_its_policies() -> None:
+    assert policy_names() == BUILT_IN
+    assert [policy.name for policy in usable_policies()] == list(BUILT_IN)
+    assert text_policy_names() == ("predictor", "random", "uniform")
+    assert untrained_policy_names() == ("random", "uniform", "norm")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_gives_a_policy_by_its_name(name: str) -> None:
+    policy = get_policy(name)
+    assert policy.name == name
+    assert policy.help
+    assert not policy.help.endswith(".")
+
+
+def test_readme_says_what_they_do() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    header = (
+        "| policy | image tokens | generated tokens | needs |\n| --- | --- | --- | --- |\n"
+    )
+    table = text.split(header)[1].split("\n\n")[0].splitlines()
+    rows = [
+        (f"`{p.name}`", p.image_tokens, p.generated_tokens, p.needs)
+        for p in map(get_policy, BUILT_IN)
+    ]
+    rows.append((f"`{NO_POLICY}`", "all kept", "all kept", "nothing"))
+    assert table == [f"| {' | '.join(row)} |" for row in rows]
+
+
+def test_imports_nothing_heavy() -> None:
+    """A bundle's settings ask the registry wherever a bundle runs."""
+    code = (
+        "import sys\n"
+        "from dllava_export.sparsity import Sparsity\n"
+        "Sparsity('uniform')\n"
+        "from dllava_export.passes.policies import registry\n"
+        "print(len(list(registry.usable_policies())))\n"
+        "print([m for m in ('onnx', 'onnx_graphsurgeon', 'torch') if m in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == "4\n[]\n"
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("unifrom", "Did you mean 'uniform'?"),
+        ("nrom", "Did you mean 'norm' or 'random'?"),
+        ("fastv", "Is the package that provides it installed?"),
+        ("none", "Is the package that provides it installed?"),
+    ],
+)
+def test_names_what_comes_close(name: str, remedy: str) -> None:
+    message = f"policy must be one of predictor, random, uniform, norm, got {name!r}. {remedy}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        get_policy(name)
+    assert find_policy(name) is None
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.5, 1.5])
+def test_refuses_rates_that_need_no_decision(rate: float) -> None:
+    with pytest.raises(ValueError, match=r"^keep_rate must be in \(0, 1\), got "):
+        check_text_policy("random", rate)
+
+
+def test_refuses_policies_without_a_decision() -> None:
+    with pytest.raises(
+        ValueError, match=r"^policy 'norm' has no decision .* of predictor, rand"
+    ):
+        check_text_policy("norm", 0.5)
+    with pytest.raises(ValueError, match="policy must be one of"):
+        check_text_policy("none", 0.5)
+
+
+# Policies of other packages.
+
+
+@pytest.mark.parametrize("entry", ["Mine", "mine"], ids=["class", "instance"])
+def test_finds_policies_of_other_packages(policy_packages, entry: str) -> None:
+    policy_packages.install("mine", entry)
+    assert policy_names() == (*BUILT_IN, "mine")
+    assert isinstance(get_policy("mine"), Policy)
+    assert "mine" in untrained_policy_names()
+    assert "mine" not in text_policy_names()
+    assert built_in_policy("mine") is None
+
+
+def test_they_may_decide_about_text(policy_packages) -> None:
+    policy_packages.install("mine", "Deciding")
+    assert text_policy_names()[-1] == "mine"
+    check_text_policy("mine", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("entry", "source", "message"),
+    [
+        pytest.param("Mine", "import nowhere", "cannot be loaded from policy_package_p:Mine "
+                     "(ModuleNotFoundError: No module named 'nowhere')", id="import"),
+        pytest.param("Mine", "1 / 0", "cannot be loaded from policy_package_p:Mine "
+                     "(ZeroDivisionError: division by zero)", id="any error"),
+        pytest.param("Mine", "", "cannot be loaded from policy_package_p:Mine (AttributeError: ",
+                     id="no such object"),
+        pytest.param("Policy", None, "cannot be loaded from policy_package_p:Policy (TypeError: ",
+                     id="abstract"),
+        pytest.param("number", None, "is policy_package_p:number, a int; expected a subclass or "
+                     "an instance of dllava_export.passes.policies.base.Policy.", id="no policy"),
+    ],
+)  # fmt: skip
+def test_says_which_package_is_broken(policy_packages, entry, source, message) -> None:
+    policy_packages.install("mine", entry, **({} if source is None else {"source": source}))
+    with pytest.raises(DllavaExportError) as caught:
+        get_policy("mine")
+    text = str(caught.value)
+    assert text.startswith(f"Policy 'mine' of package p 1.5 {message}")
+    assert text.endswith("Repair or uninstall the package.")
+
+
+def test_the_name_must_be_that_of_the_entry_point(policy_packages) -> None:
+    policy_packages.install("other", "Mine")
+    with pytest.raises(
+        DllavaExportError, match=r"'other' of package p 1\.5 has \{'name': 'mine'"
+    ):
+        get_policy("other")
+
+
+def test_a_broken_package_does_not_hide_the_others(policy_packages, caplog) -> None:
+    policy_packages.install("mine", "Mine", source="import nowhere")
+    assert text_policy_names() == ("predictor", "random", "uniform")
+    assert "Policy 'mine' of package p 1.5 cannot be loaded" in caplog.text
+    assert get_policy("norm").name == "norm"
+
+
+@pytest.mark.parametrize("name", ["norm", "none"])
+def test_built_in_names_are_taken(policy_packages, name: str) -> None:
+    policy_packages.install(name, "Mine")
+    assert policy_names() == BUILT_IN
+    message = (
+        f"Package p 1.5 provides a policy '{name}', but that name is taken, as are all of "
+        "predictor, random, uniform, norm, none. Rename it there, or uninstall the package."
+    )
+    with pytest.raises(DllavaExportError, match=f"^{re.escape(message)}$"):
+        get_policy(name)
+
+
+def test_two_packages_cannot_provide_one_policy(policy_packages) -> None:
+    policy_packages.install("mine", "Mine", package="p")
+    policy_packages.install("mine", "Mine", package="q")
+    message = (
+        r"^Packages (p 1\.5 and q|q 1\.5 and p) 1\.5 provide a policy 'mine' each\. Unins"
+    )
+    with pytest.raises(DllavaExportError, match=message):
+        get_policy("mine")
