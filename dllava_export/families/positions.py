@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["PositionRule", "SequentialPositions", "positions_of"]
+__all__ = ["PositionRule", "SequentialPositions"]
 
 
 class PositionRule(Protocol):
@@ -33,8 +33,3 @@ class SequentialPositions:
         rows = np.arange(token_kind.shape[1], dtype=np.int64)
         positions = np.ascontiguousarray(np.broadcast_to(rows, token_kind.shape))
         return positions, (token_kind != 0).sum(1, dtype=np.int64)
-
-
-def positions_of(family: str | None) -> PositionRule:
-    """Return the position rule of a bundle's family; a bare decoder counts rows."""
-    return SequentialPositions()
