@@ -63,11 +63,12 @@ def numpy_dtype(dtype_name: str) -> np.dtype[Any]:
     """Return NumPy's type of a name such as `float16` or `int64`, bfloat16 among them."""
     import numpy as np
 
-    if dtype_name == BF16.dtype_name:
-        import ml_dtypes
+    if dtype_name != BF16.dtype_name:
+        return np.dtype(dtype_name)
+    import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(dtype_name)
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
 
 
 def format_of_dtype(dtype_name: str) -> NumberFormat | None:

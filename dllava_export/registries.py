@@ -1,20 +1,25 @@
 """Registries: things of one kind by name, built in or from other packages.
 
-A package of somebody else adds to one by an entry point of the registry's group: its name is
-the thing's name, its object an instance of the registry's contract, or a class of it.
+A package of somebody else adds a thing by an entry point of the registry's group: its name is
+the thing's name, its object a subclass of the contract or an instance of one.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.metadata
-from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dllava_export.errors import RegistryError
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
 __all__ = ["Registry", "close_match"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -22,16 +27,17 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Things of one kind by name.
 
-    Modules of built-in things are imported when one is asked for, other packages looked for
-    when a name is not built in, or all names are wanted: this costs a search through what is
-    installed.
+    Nothing is imported or looked for before it is asked for. A broken package does not keep
+    the others from being listed: it is an error when its own thing is wanted.
 
     Args:
         kind: What they are, for messages: `policy`.
         group: Entry point group of other packages.
-        built_in: Name → `module:attribute`, in the order in which they are shown.
-        contract: What each must be an instance of.
+        built_in: Name → `module:class`, in the order in which they are shown.
+        contract: The class that all are instances of.
+        texts: Attributes that must be texts; `name` must be that of the entry point.
         unknown: Makes the error for a name that is not known, from its message.
+        reserved: Further names that nothing may have.
     """
 
     def __init__(
@@ -39,91 +45,123 @@ class Registry(Generic[T]):
         kind: str,
         group: str,
         built_in: Mapping[str, str],
-        contract: Callable[[], type[T]],
+        *,
+        contract: type[T],
+        texts: Sequence[str],
         unknown: Callable[[str], Exception],
+        reserved: Sequence[str] = (),
     ) -> None:
-        self._kind, self._group = kind, group
+        self.group = group
+        self._kind = kind
         self._built_in = dict(built_in)
-        self._contract, self._unknown = contract, unknown
-        self._loaded: dict[str, T] = {}
-        self._others: dict[str, importlib.metadata.EntryPoint] | None = None
-
-    def get(self, name: str) -> T:
-        """Return a thing.
-
-        Raises:
-            Exception: What `unknown` makes, if there is none of this name.
-            RegistryError: If a package that adds it is broken.
-        """
-        if name not in self._loaded:
-            self._loaded[name] = self._load(name)
-        return self._loaded[name]
+        self._contract, self._texts = contract, tuple(texts)
+        self._unknown = unknown
+        self._taken = (*built_in, *reserved)
 
     def names(self) -> tuple[str, ...]:
-        """Return all names, built-in ones first.
+        """Return all names, built-in ones first; nothing is imported."""
+        from importlib.metadata import entry_points
+
+        return (
+            *self._built_in,
+            *sorted(entry_points(group=self.group).names - {*self._taken}),
+        )
+
+    def usable(self) -> Iterator[T]:
+        """Yield all things; of a broken one only a warning is logged."""
+        for name in self.names():
+            try:
+                found = self.get(name)
+            except RegistryError as error:
+                logger.warning("%s", error)
+            else:
+                yield found
+
+    def get(self, name: str) -> T:
+        """Return the thing of a name.
 
         Raises:
-            RegistryError: If packages add a name twice.
+            Exception: What `unknown` makes, if there is none.
+            RegistryError: If the package that provides it is broken, or two provide it.
         """
-        return (*self._built_in, *self._found())
+        found = self.find(name)
+        if found is None:
+            raise self._unknown(self.describe_unknown(name))
+        return found
 
-    def all(self) -> list[T]:
-        """Return all things, in the order of their names."""
-        return [self.get(name) for name in self.names()]
+    def find(self, name: str) -> T | None:
+        """Return the thing of a name, or None where no package provides it.
 
-    def _load(self, name: str) -> T:
-        if name in self._built_in:
-            module, _, attribute = self._built_in[name].partition(":")
-            value = getattr(importlib.import_module(module), attribute)
-            return value() if isinstance(value, type) else value
-        entry = self._found().get(name)
-        if entry is None:
-            raise self._unknown(
-                f"There is no {self._kind} {name!r}; there are {', '.join(self.names())}."
-                f"{close_match(name, self.names())}"
+        Raises:
+            RegistryError: If the package that provides it is broken, or two provide it.
+        """
+        from importlib.metadata import entry_points
+
+        found = tuple(entry_points(group=self.group, name=name))
+        if name in self._taken and found:
+            raise RegistryError(
+                f"Package {_package(found[0])} provides a {self._kind} {name!r}, but that name "
+                f"is taken, as are all of {', '.join(self._taken)}. Rename it there, or "
+                "uninstall the package."
             )
-        where = f"{self._kind} {name!r} of {_distribution(entry)} (entry point {entry.value})"
+        if len(found) > 1:
+            raise RegistryError(
+                f"Packages {' and '.join(map(_package, found))} provide a {self._kind} {name!r} "
+                "each. Uninstall all but one."
+            )
+        return self._load(found[0]) if found else self.find_built_in(name)
+
+    def find_built_in(self, name: str) -> T | None:
+        """Return the built-in thing of a name, or None; other packages are not looked at."""
+        if name not in self._built_in:
+            return None
+        module, _, attribute = self._built_in[name].partition(":")
+        kind: type[T] = getattr(importlib.import_module(module), attribute)
+        return kind()
+
+    def describe_unknown(self, name: str, known: Sequence[str] | None = None) -> str:
+        """Return a message for a name that is not known, with those that come close.
+
+        Args:
+            name: What was asked for.
+            known: The names to choose from; all by default.
+        """
+        known = self.names() if known is None else known
+        remedy = close_match(name, known) or "Is the package that provides it installed?"
+        return f"{self._kind} must be one of {', '.join(known)}, got {name!r}. {remedy}"
+
+    def _load(self, entry: EntryPoint) -> T:
+        """Import another package's thing and check that it is one."""
+        who = f"{self._kind.capitalize()} {entry.name!r} of package {_package(entry)}"
+        remedy = "Repair or uninstall the package."
         try:
-            value = entry.load()
+            value: Any = entry.load()
             made = value() if isinstance(value, type) else value
-        # Whatever somebody else's module raises: it is not ours to crash on.
-        except Exception as error:
+        except Exception as error:  # whatever the package's own code raises
             raise RegistryError(
-                f"The {where} cannot be loaded: {type(error).__name__}: {error}. Repair or "
-                "uninstall that package."
+                f"{who} cannot be loaded from {entry.value} ({type(error).__name__}: {error}). "
+                f"{remedy}"
             ) from error
-        contract = self._contract()
-        if not isinstance(made, contract):
+        if not isinstance(made, self._contract):
+            contract = f"{self._contract.__module__}.{self._contract.__qualname__}"
             raise RegistryError(
-                f"The {where} is a {type(made).__name__}, expected a {contract.__module__}."
-                f"{contract.__name__}. Repair or uninstall that package."
+                f"{who} is {entry.value}, a {type(made).__name__}; expected a subclass or an "
+                f"instance of {contract}. {remedy}"
+            )
+        texts = {key: getattr(made, key, None) for key in self._texts}
+        if texts["name"] != entry.name or not all(isinstance(t, str) for t in texts.values()):
+            raise RegistryError(
+                f"{who} has {texts}; expected texts, and the name of its entry point. {remedy}"
             )
         return made
 
-    def _found(self) -> dict[str, importlib.metadata.EntryPoint]:
-        if self._others is None:
-            found: dict[str, importlib.metadata.EntryPoint] = {}
-            for entry in importlib.metadata.entry_points(group=self._group):
-                if entry.name in self._built_in or entry.name in found:
-                    other = (
-                        "this toolkit"
-                        if entry.name in self._built_in
-                        else _distribution(found[entry.name])
-                    )
-                    raise RegistryError(
-                        f"{_distribution(entry)} adds a {self._kind} {entry.name!r}, a name that "
-                        f"{other} has already. Rename its entry point, or uninstall it."
-                    )
-                found[entry.name] = entry
-            self._others = found
-        return self._others
+
+def close_match(name: str, known: Sequence[str]) -> str:
+    """Return a question after the known names next to `name`; empty if none is near."""
+    near = difflib.get_close_matches(name, known)
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def close_match(name: str, known: tuple[str, ...]) -> str:
-    """Return a sentence that names the known name next to `name`; empty if none is near."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _distribution(entry: importlib.metadata.EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else "a package"
+def _package(entry: EntryPoint) -> str:
+    assert entry.dist is not None  # it was found in one
+    return f"{entry.dist.name} {entry.dist.version}"

@@ -28,8 +28,8 @@ def settings_from(kind: type[T], values: Mapping[str, Any]) -> T:
     for name in values:
         if name not in fields:
             raise SettingError(
-                f"There is no setting {name!r}; there are {', '.join(fields) or 'none'}."
-                f"{close_match(name, tuple(fields))}"
+                f"There is no setting {name!r}; there are {', '.join(fields) or 'none'}. "
+                f"{close_match(name, tuple(fields))}".rstrip()
             )
     missing = [
         name

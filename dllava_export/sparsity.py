@@ -6,11 +6,7 @@ import dataclasses
 import math
 
 from dllava_export.errors import SettingError
-from dllava_export.passes.policies.registry import (
-    NO_POLICY,
-    built_in_policy,
-    text_policy_names,
-)
+from dllava_export.passes.policies.registry import NO_POLICY, POLICIES, text_policy_names
 
 __all__ = ["DEFAULT_POLICY", "DENSE", "Sparsity", "num_kept_tokens"]
 
@@ -83,7 +79,7 @@ class Sparsity:
             object.__setattr__(self, name, value)  # the class is frozen
 
     def _check_text_policy(self) -> None:
-        policy = built_in_policy(self.text_policy)
+        policy = POLICIES.find_built_in(self.text_policy)
         if policy is not None and not policy.decides_text:
             raise SettingError(
                 f"policy {policy.name!r} ranks image tokens and has no decision for a single "

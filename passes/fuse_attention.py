@@ -201,15 +201,17 @@ def _without_nan_guard(tensor: gs.Tensor) -> gs.Tensor:
 
 def _before_transpose(tensor: gs.Tensor) -> gs.Tensor | None:
     """Return [b, h, rows, d] from its transpose [b, h, d, rows], also one by way of [b h, ...]."""
-    if is_transpose(producer(tensor), [0, 1, 3, 2]):
-        return producer(tensor).inputs[0]
+    swap = producer(tensor)
+    if is_transpose(swap, [0, 1, 3, 2]):
+        return swap.inputs[0]
     split = producer_of(tensor, "Reshape")
     transpose = producer(split.inputs[0]) if split is not None else None
     if transpose is None or not is_transpose(transpose, [0, 2, 1]):
         return None
     merge = producer_of(transpose.inputs[0], "Reshape")
-    is_four = merge is not None and len(merge.inputs[0].shape or ()) == 4
-    return merge.inputs[0] if is_four else None
+    if merge is None or len(merge.inputs[0].shape or ()) != 4:
+        return None
+    return merge.inputs[0]
 
 
 def _unscaled(tensor: gs.Tensor) -> tuple[float, gs.Tensor]:

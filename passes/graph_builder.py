@@ -23,7 +23,9 @@ __all__ = [
     "replace_value",
 ]
 
-Shape = Sequence[int | str]
+Shape = Sequence[int | str | None]
+DType = npt.DTypeLike | int
+"""Or ONNX's number of a type that NumPy lacks."""
 
 
 class GraphBuilder:
@@ -63,7 +65,7 @@ class GraphBuilder:
         op: str,
         inputs: Sequence[gs.Tensor],
         what: str,
-        dtype: npt.DTypeLike,
+        dtype: DType,
         shape: Shape | None,
         *,
         domain: str | None = None,
@@ -76,7 +78,7 @@ class GraphBuilder:
         self,
         op: str,
         inputs: Sequence[gs.Tensor],
-        outputs: Sequence[tuple[str, npt.DTypeLike, Shape | None]],
+        outputs: Sequence[tuple[str, DType, Shape | None]],
         *,
         domain: str | None = None,
         **attrs: object,
@@ -105,7 +107,7 @@ class GraphBuilder:
         )
         return results
 
-    def graph_input(self, name: str, dtype: npt.DTypeLike, shape: Shape) -> gs.Variable:
+    def graph_input(self, name: str, dtype: DType, shape: Shape) -> gs.Variable:
         """Return the graph input of that name, adding it where it is missing."""
         found = find_input(self.graph, name)
         if found is None:
@@ -119,7 +121,7 @@ class GraphBuilder:
         self.graph.outputs.append(value)
 
 
-def _element_type(dtype: npt.DTypeLike | int) -> np.dtype | int:
+def _element_type(dtype: DType) -> np.dtype | int:
     """Return a dtype as graphsurgeon has it: ONNX's own number where NumPy knows no such type."""
     return dtype if isinstance(dtype, int) else np.dtype(dtype)
 

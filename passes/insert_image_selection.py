@@ -31,7 +31,7 @@ from dllava_export.passes.graph_builder import GraphBuilder, find_input
 from dllava_export.passes.insert_kv_cache import insert_next_write_index
 from dllava_export.passes.patterns import producer
 from dllava_export.passes.policies.base import ImageRows
-from dllava_export.passes.policies.registry import get_policy
+from dllava_export.passes.policies.registry import POLICIES
 from dllava_export.passes.policies.scores import check_scores
 from dllava_export.passes.policies.weights import PredictorWeights
 from dllava_export.passes.row_selection import (
@@ -58,7 +58,7 @@ class InsertImageSelectionPass(Pass):
     weights: PredictorWeights | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        get_policy(self.policy)  # refuses names that are not known
+        POLICIES.get(self.policy)  # refuses names that are not known
 
     def requires(self, graph: gs.Graph) -> None:
         """Row kinds and positions must be inputs; the layer must exist."""
@@ -102,7 +102,7 @@ class InsertImageSelectionPass(Pass):
             row_lengths=lengths,
             kept_lengths=kept_lengths,
         )
-        scores = get_policy(self.policy).score(builder, rows, self.weights)
+        scores = POLICIES.get(self.policy).score(builder, rows, self.weights)
         check_scores(self.policy, scores, hidden)
         kept = insert_select_tokens(
             builder, scores, token_kind, num_kept, kept_lengths, names.NUM_KEPT_DIM

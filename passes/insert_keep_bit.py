@@ -22,11 +22,11 @@ from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
 from dllava_export.passes.base import Pass
 from dllava_export.passes.decoder_layers import find_decoder_layers
-from dllava_export.passes.graph_builder import GraphBuilder, find_input, find_output
+from dllava_export.passes.graph_builder import GraphBuilder, Shape, find_input, find_output
 from dllava_export.passes.insert_image_selection import find_image_selection
 from dllava_export.passes.patterns import descendants, producer
 from dllava_export.passes.policies.base import TextRows
-from dllava_export.passes.policies.registry import check_text_policy, get_policy
+from dllava_export.passes.policies.registry import POLICIES, check_text_policy
 from dllava_export.passes.policies.weights import PredictorWeights
 
 __all__ = ["InsertKeepBitPass"]
@@ -84,7 +84,8 @@ class InsertKeepBitPass(Pass):
         self, graph: gs.Graph, builder: GraphBuilder, hidden: gs.Variable
     ) -> tuple[gs.Variable, gs.Variable]:
         """Return keep and its opposite, [batch] bool; prompt rows are kept."""
-        batch, column = [names.BATCH], [names.BATCH, 1]
+        batch: Shape = [names.BATCH]
+        column: Shape = [names.BATCH, 1]
         token_kind = find_input(graph, names.TOKEN_KIND)
         positions = find_input(graph, names.POSITION_IDS)
         # In decode there is one row; in prefill the result is not used, so any row will do.
@@ -92,7 +93,7 @@ class InsertKeepBitPass(Pass):
         last_position = _last_row(builder, positions, "position_ids")
         last_kind = _last_row(builder, token_kind, "token_kind")
         rows = TextRows(hidden_states=last, position_ids=last_position)
-        policy = get_policy(self.policy)
+        policy = POLICIES.get(self.policy)
         _, decision = policy.keep_token(builder, rows, self.keep_rate, self.weights)
         generated = builder.scalar(names.GENERATED_TEXT, np.int64)
         is_generated = builder.op(

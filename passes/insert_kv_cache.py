@@ -23,7 +23,7 @@ from dllava_export.errors import PostconditionError, PreconditionError
 from dllava_export.passes.base import Pass
 from dllava_export.passes.decoder_layers import DecoderLayer, find_decoder_layers
 from dllava_export.passes.gather_last_row import row_lengths
-from dllava_export.passes.graph_builder import GraphBuilder, find_input, replace_uses
+from dllava_export.passes.graph_builder import GraphBuilder, Shape, find_input, replace_uses
 
 __all__ = ["InsertKVCachePass", "insert_next_write_index"]
 
@@ -85,7 +85,7 @@ def _insert(
     query, key, value = old.inputs[:3]
     num_kv_heads = int(old.attrs["kv_num_heads"])
     head_dim = int(key.shape[-1]) // num_kv_heads
-    shape = [names.BATCH, num_kv_heads, names.capacity(names.FULL), head_dim]
+    shape: Shape = [names.BATCH, num_kv_heads, names.capacity(names.FULL), head_dim]
     past = [
         builder.graph_input(names.past(layer.index, part), key.dtype, shape)
         for part in ("key", "value")

@@ -26,7 +26,7 @@ from dllava_export.passes.decoder_layers import find_decoder_layers
 from dllava_export.passes.graph_builder import GraphBuilder, find_input, find_output
 from dllava_export.passes.insert_image_selection import ImageSelection, find_image_selection
 from dllava_export.passes.policies.base import TextRows
-from dllava_export.passes.policies.registry import check_text_policy, get_policy
+from dllava_export.passes.policies.registry import POLICIES, check_text_policy
 from dllava_export.passes.policies.scores import check_scores
 from dllava_export.passes.policies.weights import PredictorWeights
 from dllava_export.passes.row_selection import (
@@ -79,7 +79,7 @@ class InsertOutputTextSelectionPass(Pass):
         kinds, is_candidate = _candidates(graph, builder, selection)
         positions = _gather(builder, find_input(graph, names.POSITION_IDS), selection)
         rows = TextRows(hidden_states=hidden, position_ids=positions)
-        policy = get_policy(self.policy)
+        policy = POLICIES.get(self.policy)
         scores, keep = policy.keep_token(builder, rows, self.keep_rate, self.weights)
         check_scores(self.policy, scores, hidden)
         lengths = _kept_lengths(graph, builder, is_candidate, keep)

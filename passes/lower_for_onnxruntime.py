@@ -63,7 +63,9 @@ class LowerForOnnxRuntimePass(Pass):
         products = [node for node in graph.nodes if self._takes_product(node)]
         for node in products:
             node.op, node.domain = "FusedMatMul", _MICROSOFT
-            node.inputs[1] = producer(node.inputs[1]).inputs[0]
+            transpose = producer(node.inputs[1])
+            assert transpose is not None  # `_takes_product` saw it
+            node.inputs[1] = transpose.inputs[0]
             node.attrs = {"transB": 1}
         return bool(attentions or products)
 

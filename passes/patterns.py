@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
@@ -70,7 +72,7 @@ def unordered_inputs(node: gs.Node) -> list[tuple[gs.Tensor, gs.Tensor]]:
     return [(first, second), (second, first)]
 
 
-def is_transpose(node: gs.Node | None, perm: list[int]) -> bool:
+def is_transpose(node: gs.Node | None, perm: list[int]) -> TypeGuard[gs.Node]:
     """True for a Transpose with exactly this permutation."""
     if node is None or node.op != "Transpose":
         return False

@@ -54,6 +54,7 @@ class ReplaceTokenIdsPass(Pass):
             shape=[names.BATCH, names.ROWS, int(table.shape[1])],
         )
         input_ids = find_input(graph, _INPUT_IDS)
+        assert input_ids is not None  # required above
         replace_uses(embedded, inputs_embeds)
         for node in list(input_ids.outputs):  # readers of its shape
             if node.op == "Shape":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dllava_export.passes.policies.registry import GROUP
+from dllava_export.passes.policies.registry import POLICIES
 
 POLICY = """
 import numpy as np
@@ -50,4 +50,6 @@ class PolicyPackages:
         (info / "METADATA").write_text(
             f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.5\n"
         )
-        (info / "entry_points.txt").write_text(f"[{GROUP}]\n{name} = {module}:{entry}\n")
+        (info / "entry_points.txt").write_text(
+            f"[{POLICIES.group}]\n{name} = {module}:{entry}\n"
+        )

@@ -3,7 +3,9 @@
 set -euo pipefail
 source "$(cd "$(dirname "$0")" && pwd)/../examples/setup.sh"
 cd "$root"
+mkdir -p build/installed
 ruff check .
 ruff format --check .
-mypy dllava_export passes plugins
+python tests/installed_layout.py build/installed
+(cd build/installed && mypy --cache-dir "$root/.mypy_cache" -p dllava_export)
 python -m pytest "$@"

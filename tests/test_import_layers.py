@@ -9,22 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from installed_layout import lay_out
 from places import ROOT
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lay the package out as an installation does, passes and plugins inside it."""
-    folder = tmp_path_factory.mktemp("installed")
-    ignored = shutil.ignore_patterns("__pycache__")
-    for source, target in (
-        ("dllava_export", "dllava_export"),
-        ("passes", "dllava_export/passes"),
-        ("plugins", "dllava_export/plugins"),
-    ):
-        shutil.copytree(ROOT / source, folder / target, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    return folder
+    """The package as an installation has it, passes and plugins inside."""
+    return lay_out(tmp_path_factory.mktemp("installed"))
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:

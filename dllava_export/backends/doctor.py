@@ -83,7 +83,7 @@ def collect() -> DoctorReport:
         python=platform.python_version(),
         packages=packages,
         gpus=gpus,
-        backends=tuple(factory.status(gpus) for factory in BACKENDS.all()),
+        backends=tuple(factory.status(gpus) for factory in BACKENDS.usable()),
     )
 
 

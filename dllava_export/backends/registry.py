@@ -12,14 +12,15 @@ from dllava_export.registries import Registry, close_match
 __all__ = ["BACKENDS", "DEFAULT_BACKEND", "backend_options"]
 
 BACKENDS: Registry[BackendFactory] = Registry(
-    kind="backend",
-    group="dllava_export.backends",
-    built_in={
+    "backend",
+    "dllava_export.backends",
+    {
         "onnxruntime": "dllava_export.backends.ort.factory:OrtFactory",
         "tensorrt-rtx": "dllava_export.backends.trt.factory:TensorRTRTXFactory",
         "tensorrt": "dllava_export.backends.trt.factory:TensorRTFactory",
     },
-    contract=lambda: BackendFactory,
+    contract=BackendFactory,  # type: ignore[type-abstract]  # nothing makes one of it
+    texts=("name", "summary"),
     unknown=lambda message: BackendError(
         f"{message} `dllava-export doctor` tells what each one needs."
     ),
@@ -41,7 +42,7 @@ def backend_options(factory: BackendFactory, values: dict[str, Any]) -> Any:
             continue
         owners = [
             other.name
-            for other in BACKENDS.all()
+            for other in BACKENDS.usable()
             if name in (field.name for field in dataclasses.fields(other.options))
         ]
         if owners:
@@ -51,6 +52,6 @@ def backend_options(factory: BackendFactory, values: dict[str, Any]) -> Any:
             )
         raise BackendError(
             f"Backend {factory.name!r} has no option {name!r}; it has "
-            f"{', '.join(known) or 'none'}.{close_match(name, known)}"
+            f"{', '.join(known) or 'none'}. {close_match(name, known)}".rstrip()
         )
     return factory.options(**values)

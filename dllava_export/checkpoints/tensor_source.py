@@ -16,7 +16,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -211,7 +211,7 @@ class RandomSource(TensorSource):
                 yield (values * np.float32(0.02)).astype(self.dtype)
 
 
-def _read_safetensors_header(path: Path) -> tuple[dict, int, int]:
+def _read_safetensors_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """Return the header of `path`, the offset of its data, and their number of bytes."""
     try:
         size = path.stat().st_size

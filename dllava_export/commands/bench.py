@@ -71,6 +71,7 @@ _SUITE_FOLDER = Path("docs/benchmarks")
 @click.pass_context
 def bench(
     ctx: click.Context,
+    /,
     bundle: Path | None,
     decode_lengths: str,
     json_file: Path | None,

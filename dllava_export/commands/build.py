@@ -90,6 +90,7 @@ _SHAPES = "NAME:1x2x3,NAME:4"
 @click.pass_obj
 def build(
     obj: dict[str, Any],
+    /,
     bundle: Path,
     min_shapes: str | None,
     opt_shapes: str | None,

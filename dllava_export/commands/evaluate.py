@@ -78,6 +78,7 @@ __all__ = ["evaluate"]
 @click.pass_obj
 def evaluate(
     obj: dict[str, Any],
+    /,
     bundles: tuple[Path, ...],
     data: Path,
     image_folder: Path | None,

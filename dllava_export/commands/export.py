@@ -39,6 +39,7 @@ __all__ = ["export"]
 @click.pass_obj
 def export(
     obj: dict[str, Any],
+    /,
     checkpoint: str,
     out: Path,
     random_weights: bool,

@@ -92,7 +92,7 @@ def backend_choice(
     def names() -> list[str]:
         from dllava_export.backends.registry import BACKENDS
 
-        return [b.name for b in BACKENDS.all() if b.can_build or not building]
+        return [b.name for b in BACKENDS.usable() if b.can_build or not building]
 
     return click.option("--backend", type=RegistryChoice("backend", names), **settings)
 
@@ -116,7 +116,7 @@ class BackendCommand(Command):
         params = super().get_params(ctx)
         taken = {flag for param in params for flag in param.opts}
         try:
-            backends = BACKENDS.all()
+            backends = BACKENDS.usable()
         except DllavaExportError as error:  # another package's backend is broken
             raise click.ClickException(str(error)) from error
         offered = {

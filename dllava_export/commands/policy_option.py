@@ -8,19 +8,12 @@ import click
 from click.shell_completion import CompletionItem
 
 from dllava_export.errors import DllavaExportError
-from dllava_export.passes.policies.registry import (
-    NO_POLICY,
-    describe_unknown,
-    find_policy,
-    policy_names,
-    text_policy_names,
-    usable_policies,
-)
+from dllava_export.passes.policies.registry import NO_POLICY, POLICIES, text_policy_names
 
 __all__ = ["PolicyName", "PolicyOption"]
 
 
-class PolicyName(click.ParamType):
+class PolicyName(click.ParamType[str]):
     """The name of a policy, checked against the registry when a value or help is asked for.
 
     Args:
@@ -35,7 +28,7 @@ class PolicyName(click.ParamType):
 
     def choices(self) -> tuple[str, ...]:
         """Return the names to choose from."""
-        return text_policy_names() if self._decides_text else (*policy_names(), NO_POLICY)
+        return text_policy_names() if self._decides_text else (*POLICIES.names(), NO_POLICY)
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         """Return the choices as click writes them."""
@@ -53,11 +46,11 @@ class PolicyName(click.ParamType):
         if value == NO_POLICY and not self._decides_text:
             return value
         try:
-            policy = find_policy(value)
+            policy = POLICIES.find(value)
         except DllavaExportError as error:
             raise click.ClickException(str(error)) from error
         if policy is None:
-            self.fail(describe_unknown(value, self.choices()), param, ctx)
+            self.fail(POLICIES.describe_unknown(value, self.choices()), param, ctx)
         if self._decides_text and not policy.decides_text:
             self.fail(
                 f"policy {value!r} has no decision for a single token; expected one of "
@@ -82,5 +75,5 @@ class PolicyOption(click.Option):
         record = super().get_help_record(ctx)
         if record is None:
             return None
-        policies = "; ".join(f"{policy.name}: {policy.help}" for policy in usable_policies())
+        policies = "; ".join(f"{policy.name}: {policy.help}" for policy in POLICIES.usable())
         return record[0], record[1].replace("{policies}", policies)

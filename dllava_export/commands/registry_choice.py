@@ -38,8 +38,8 @@ class RegistryChoice(click.ParamType[str]):
         names = tuple(self._names())
         if value not in names:
             self.fail(
-                f"{value!r} is not one of {', '.join(map(repr, names))}."
-                f"{close_match(str(value), names)}",
+                f"{value!r} is not one of {', '.join(map(repr, names))}. "
+                f"{close_match(str(value), names)}".rstrip(),
                 param,
                 ctx,
             )

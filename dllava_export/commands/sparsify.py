@@ -26,7 +26,7 @@ __all__ = ["sparsify"]
 @sparsity_options
 @click.pass_obj
 def sparsify(
-    obj: dict[str, Any], dense: Path, out: Path, predictors: str | None, **sparsity: Any
+    obj: dict[str, Any], /, dense: Path, out: Path, predictors: str | None, **sparsity: Any
 ) -> None:
     """Run only the passes: make the bundle OUT from DENSE.
 

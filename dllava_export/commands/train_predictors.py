@@ -129,6 +129,7 @@ def _training_options(function: Callable[..., None]) -> Callable[..., None]:
 @click.pass_obj
 def train_predictors(
     obj: dict[str, Any],
+    /,
     checkpoint: str,
     data: Path,
     out: Path,

@@ -98,6 +98,7 @@ _TOLERANCE = click.FloatRange(min=0)
 @click.pass_context
 def validate(
     ctx: click.Context,
+    /,
     bundle: Path,
     image: str | None,
     prompt: str | None,

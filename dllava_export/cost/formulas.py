@@ -12,7 +12,7 @@ from dllava_export.backends.cache_groups import CacheGroup, cache_groups
 from dllava_export.backends.kv_plan import bytes_per_row
 from dllava_export.errors import SettingError
 from dllava_export.geometry import Geometry
-from dllava_export.passes.policies.registry import get_policy
+from dllava_export.passes.policies.registry import POLICIES
 from dllava_export.precision import Precision
 from dllava_export.sparsity import Sparsity
 
@@ -137,9 +137,9 @@ def exact_flops(
     prefill = head + sum(n * linear + n * (n + 1) // 2 * attention for n in rows)
     step_fixed = head + geometry.num_layers * linear
     if not sparsity.is_dense:
-        prefill += get_policy(sparsity.policy).image_flops(geometry)
+        prefill += POLICIES.get(sparsity.policy).image_flops(geometry)
     if sparsity.has_keep_bit:
-        step_fixed += get_policy(sparsity.text_policy).text_flops(geometry)
+        step_fixed += POLICIES.get(sparsity.text_policy).text_flops(geometry)
 
     num_steps = output_len - 1
     rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dllava_export.passes.policies.registry import find_policy
+from dllava_export.passes.policies.registry import POLICIES
 from dllava_export.reporting.output_files import save_plot
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class _Page:
             axes.set_facecolor("#f5f6f8")
             _bare(axes)
             return
-        policy = find_policy(trace.manifest.sparsity.policy)
+        policy = POLICIES.find(trace.manifest.sparsity.policy)
         meaning = "" if policy is None else policy.score_meaning
         self._draw_title(f"Scores: {meaning}" if meaning else "Scores", top - 0.28, left)
         axes = self._axes(left, top, _PANEL, _PANEL)

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 from dllava_export.errors import SettingError, UnsupportedModelError
 from dllava_export.passes.policies.registry import (
     NO_POLICY,
+    POLICIES,
     check_text_policy,
-    describe_unknown,
-    find_policy,
-    policy_names,
     untrained_policy_names,
 )
 from dllava_export.sparsity import DEFAULT_POLICY, DENSE, Sparsity
@@ -107,7 +105,7 @@ def complete_sparsity(
 
 def _policy(name: str) -> Policy:
     """Return a policy; the message about one that is not known names the dense choice too."""
-    policy = find_policy(name)
+    policy = POLICIES.find(name)
     if policy is None:
-        raise SettingError(describe_unknown(name, (*policy_names(), NO_POLICY)))
+        raise SettingError(POLICIES.describe_unknown(name, (*POLICIES.names(), NO_POLICY)))
     return policy

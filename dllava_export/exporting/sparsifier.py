@@ -32,7 +32,7 @@ from dllava_export.exporting.transform import transform_decoder
 from dllava_export.families.config_file import read_json
 from dllava_export.families.llava import predictor_config
 from dllava_export.geometry import Geometry, PredictorConfig, PredictorGeometry
-from dllava_export.passes.policies.registry import find_policy
+from dllava_export.passes.policies.registry import POLICIES
 from dllava_export.precision import NUMBER_FORMATS, Precision, format_of_dtype
 from dllava_export.reporting import resources
 from dllava_export.reporting.stages import show_stages
@@ -213,7 +213,7 @@ def _training_of(manifest: Manifest, llm: Path, weights: onnx.ModelProto) -> Pre
 
 def _is_trained(policy: str) -> bool:
     """True for a policy whose settings say how the predictors it needs were trained."""
-    found = find_policy(policy)
+    found = POLICIES.find(policy)
     return found is not None and found.needs_predictors
 
 

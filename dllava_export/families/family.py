@@ -196,12 +196,12 @@ class ModelSpec(abc.ABC):
     @property
     def num_layers(self) -> int:
         """Decoder layers, those that were cut off not counted."""
-        return self.text_config.num_hidden_layers
+        return int(self.text_config.num_hidden_layers)
 
     @property
     def max_position_embeddings(self) -> int:
         """Tokens the decoder was made for."""
-        return self.text_config.max_position_embeddings
+        return int(self.text_config.max_position_embeddings)
 
     @property
     def ties_embeddings(self) -> bool:

@@ -81,7 +81,8 @@ class Sampler:
                     "bundle of another precision, float32 to be sure."
                 )
         if self.temperature == 0:
-            return logits.argmax(axis=1).astype(np.int64)
+            likeliest: np.ndarray = logits.argmax(axis=1).astype(np.int64)
+            return likeliest
         return np.array(
             [self._draw(row, index) for row, index in zip(logits, indices, strict=True)],
             np.int64,

@@ -21,7 +21,7 @@ from dllava_export.families.clip_tower import clip_features
 from dllava_export.families.llava import LlavaSpec
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.passes.policies.base import ImageArrays, TextArrays
-from dllava_export.passes.policies.registry import get_policy
+from dllava_export.passes.policies.registry import POLICIES
 from dllava_export.passes.policies.weights import PredictorWeights
 from dllava_export.training.masked_attention import masked_attention
 from dllava_export.training.model import TrainingModel, build_model
@@ -199,14 +199,14 @@ class MaskedModel:
             position_ids=positions,
             num_kept=self._sparsity.num_kept_image_tokens(len(positions)),
         )
-        return get_policy(self._sparsity.policy).reference(image_rows, self._weights)
+        return POLICIES.get(self._sparsity.policy).reference(image_rows, self._weights)
 
     def _score_text(self, rows: Rows, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         generated = TextArrays(
             hidden_states=hidden.numpy(),
             position_ids=rows.num_prompt + np.arange(len(hidden)),
         )
-        policy = get_policy(self._sparsity.text_policy)
+        policy = POLICIES.get(self._sparsity.text_policy)
         rate = self._sparsity.output_text_keep_rate
         return policy.reference_keep(generated, rate, self._weights)
 
@@ -242,8 +242,8 @@ def _needed_predictors(
     """Return how a checkpoint's predictors are made, or None where no policy needs them."""
     if sparsity.is_dense:
         return None
-    needs_image = get_policy(sparsity.policy).needs_predictors
-    needs_text = sparsity.has_keep_bit and get_policy(sparsity.text_policy).needs_predictors
+    needs_image = POLICIES.get(sparsity.policy).needs_predictors
+    needs_text = sparsity.has_keep_bit and POLICIES.get(sparsity.text_policy).needs_predictors
     if not (needs_image or needs_text):
         return None
     found = source.spec.predictors

@@ -25,7 +25,7 @@ from dllava_export.passes.policies.scores import F32, keep_above_zero
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
-    from dllava_export.passes.graph_builder import GraphBuilder
+    from dllava_export.passes.graph_builder import GraphBuilder, Shape
     from dllava_export.passes.policies.weights import PredictorWeights
 
 __all__ = ["UniformPolicy"]
@@ -47,7 +47,7 @@ class UniformPolicy(Policy):
     ) -> gs.Variable:
         """Mark, in each sample, as many image rows as its lengths say are kept."""
         shape = list(rows.token_kind.shape)
-        column = [names.BATCH, 1]
+        column: Shape = [names.BATCH, 1]
         one, axis = builder.scalar(1, np.int64), builder.ints(1)
         image = builder.scalar(names.IMAGE, np.int64)
         is_image = builder.op("Equal", [rows.token_kind, image], "is_image", bool, shape)

@@ -60,13 +60,10 @@ class PredictorWeights:
 
     def _find(self, name: str) -> onnx.TensorProto | np.ndarray:
         if name not in self.tensors:
-            # The registry knows every policy, of which those with weights import this module.
-            from dllava_export.passes.policies.registry import untrained_policy_names
-
             prefix = name.split(".", 1)[0]
             raise PreconditionError(
                 f"The checkpoint has no {prefix} ({name!r} is missing), which the policy "
-                "needs. Use a trained Dynamic-LLaVA checkpoint, or one of the "
-                f"policies that need no training: {', '.join(untrained_policy_names())}, none."
+                "needs. Use a trained Dynamic-LLaVA checkpoint, or a policy "
+                "that needs no training; `dllava-export export --help` lists them."
             )
         return self.tensors[name]

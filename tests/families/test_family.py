@@ -8,7 +8,7 @@ import torch
 
 from dllava_export import names
 from dllava_export.families.family import Renames, Traceable
-from dllava_export.families.registry import get_family
+from dllava_export.families.registry import FAMILIES
 
 RENAMES = Renames(
     (
@@ -58,6 +58,6 @@ def test_shapes_are_those_of_the_module_under_canonical_names():
 
 def test_every_feature_of_an_image_is_a_row_of_kind_image():
     features = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    rows = get_family("llava").image_rows(features)
+    rows = FAMILIES.get("llava").image_rows(features)
     np.testing.assert_array_equal([row.features for row in rows], features)
     assert [row.token_kind.tolist() for row in rows] == [[names.IMAGE] * 3] * 2

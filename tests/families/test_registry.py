@@ -9,13 +9,7 @@ import pytest
 
 from dllava_export.errors import DllavaExportError, UnsupportedModelError
 from dllava_export.families.llava import LlavaFamily
-from dllava_export.families.registry import (
-    ENTRY_POINTS,
-    detect_family,
-    families,
-    family_names,
-    get_family,
-)
+from dllava_export.families.registry import FAMILIES, detect_family
 
 MODULE = """
 from dllava_export.families.family import Family
@@ -51,7 +45,7 @@ def install(tmp_path, monkeypatch):
             f"Metadata-Version: 2.1\nName: {package.replace('_', '-')}\nVersion: 1.2\n"
         )
         target = value.format(module=package)
-        (info / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\n{entry} = {target}\n")
+        (info / "entry_points.txt").write_text(f"[{FAMILIES.group}]\n{entry} = {target}\n")
         (folder / f"{package}.py").write_text(MODULE.format(name=name))
         monkeypatch.syspath_prepend(folder)
         monkeypatch.delitem(sys.modules, package, raising=False)
@@ -60,27 +54,27 @@ def install(tmp_path, monkeypatch):
 
 
 def test_built_in_families_stand_under_their_own_names():
-    assert [family.name for family in families()] == list(family_names())
-    assert isinstance(get_family("llava"), LlavaFamily)
+    assert [family.name for family in FAMILIES.usable()] == list(FAMILIES.names())
+    assert isinstance(FAMILIES.get("llava"), LlavaFamily)
 
 
 def test_unknown_name_is_answered_with_a_close_one():
     with pytest.raises(
-        UnsupportedModelError, match=r"'lava' is unknown, expected .*llava.* mean 'llava'\?"
+        UnsupportedModelError, match=r"^family must be one of llava, got 'lava'. .* 'llava'\?"
     ):
-        get_family("lava")
+        FAMILIES.get("lava")
 
 
 def test_unknown_name_without_a_close_one():
-    with pytest.raises(UnsupportedModelError, match=r"'qwen9' is unknown, .*llava\. Install"):
-        get_family("qwen9")
+    with pytest.raises(UnsupportedModelError, match=r"got 'qwen9'\. Is the package that"):
+        FAMILIES.get("qwen9")
 
 
 @pytest.mark.parametrize("value", ["{module}:Other", "{module}:instance"])
 def test_another_package_brings_a_family(install, value):
     install(value=value)
-    assert family_names() == ("llava", "other")
-    assert get_family("other").title == "Other"
+    assert FAMILIES.names() == ("llava", "other")
+    assert FAMILIES.get("other").title == "Other"
     family, layout = detect_family({"model_type": "other"})
     assert (family.name, layout) == ("other", "other")
 
@@ -118,8 +112,7 @@ def test_bare_decoder_is_taken_only_where_asked_for():
 def test_built_in_name_is_refused(install):
     install(entry="llava", name="llava")
     with pytest.raises(
-        DllavaExportError,
-        match=r"package other-vlm 1\.2 brings .* 'llava', which is a built-in",
+        DllavaExportError, match=r"Package other-vlm 1\.2 provides a family 'llava', .* taken"
     ):
         detect_family(factory.HF_CONFIG)
 
@@ -128,9 +121,9 @@ def test_one_name_of_two_packages_is_refused(install):
     install()
     install(package="third_vlm")
     with pytest.raises(
-        DllavaExportError, match=r"(other|third)-vlm 1\.2 and package .* both bring .* 'other'"
+        DllavaExportError, match=r"^Packages (other|third)-vlm 1\.2 and .* family 'other' each"
     ):
-        get_family("other")
+        FAMILIES.get("other")
 
 
 @pytest.mark.parametrize(
@@ -138,8 +131,8 @@ def test_one_name_of_two_packages_is_refused(install):
     [
         pytest.param("no_such_module:X", "other", "ModuleNotFoundError", id="no module"),
         pytest.param("{module}:absent", "other", "AttributeError", id="no attribute"),
-        pytest.param("{module}:number", "other", "is 3 at other_vlm:number", id="no family"),
-        pytest.param("{module}:Other", "x", "is a family named 'x' at", id="other name"),
+        pytest.param("{module}:number", "other", "is other_vlm:number, a int", id="no family"),
+        pytest.param("{module}:Other", "x", "has {'name': 'x'", id="other name"),
         pytest.param(
             "dllava_export.families.family:Family", "other", "TypeError", id="abstract"
         ),
@@ -148,14 +141,14 @@ def test_one_name_of_two_packages_is_refused(install):
 def test_family_that_cannot_be_loaded(install, value, name, message):
     install(value=value, name=name)
     with pytest.raises(DllavaExportError, match=r"of package other-vlm 1\.2 .*Repair or") as e:
-        get_family("other")
+        FAMILIES.get("other")
     assert message in str(e.value)
 
 
 def test_asking_a_family_for_its_positions_loads_neither_torch_nor_transformers():
     code = (
-        "import sys; from dllava_export.families.registry import get_family; "
-        "get_family('llava').positions; "
+        "import sys; from dllava_export.families.registry import FAMILIES; "
+        "FAMILIES.get('llava').positions; "
         "print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
     )
     done = subprocess.run(

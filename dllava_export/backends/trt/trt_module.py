@@ -99,7 +99,7 @@ def trt_logger(trt: ModuleType, *, forward_to: logging.Logger = logger) -> Any:
     """
     severities = trt.ILogger
 
-    class ForwardingLogger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class ForwardingLogger(trt.ILogger):  # type: ignore[name-defined]
         """TensorRT's messages as log records."""
 
         def __init__(self) -> None:

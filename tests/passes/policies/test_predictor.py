@@ -38,7 +38,6 @@ SIZES = Geometry(
     head_dim=8,
     vocab_size=11,
     num_image_tokens=10,
-    bytes_per_value=4,
     predictor=PredictorGeometry(d_model=4, nhead=2, dim_feedforward=6, num_layers=1),
 )
 

@@ -11,14 +11,10 @@ from dllava_export.errors import DllavaExportError
 from dllava_export.passes.policies.base import Policy
 from dllava_export.passes.policies.registry import (
     NO_POLICY,
-    built_in_policy,
+    POLICIES,
     check_text_policy,
-    find_policy,
-    get_policy,
-    policy_names,
     text_policy_names,
     untrained_policy_names,
-    usable_policies,
 )
 
 BUILT_IN = ("predictor", "random", "uniform", "norm")
@@ -28,15 +24,15 @@ BUILT_IN = ("predictor", "random", "uniform", "norm")
 
 
 def test_knows_its_policies() -> None:
-    assert policy_names() == BUILT_IN
-    assert [policy.name for policy in usable_policies()] == list(BUILT_IN)
+    assert POLICIES.names() == BUILT_IN
+    assert [policy.name for policy in POLICIES.usable()] == list(BUILT_IN)
     assert text_policy_names() == ("predictor", "random", "uniform")
     assert untrained_policy_names() == ("random", "uniform", "norm")
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_gives_a_policy_by_its_name(name: str) -> None:
-    policy = get_policy(name)
+    policy = POLICIES.get(name)
     assert policy.name == name
     assert policy.help
     assert not policy.help.endswith(".")
@@ -50,7 +46,7 @@ def test_readme_says_what_they_do() -> None:
     table = text.split(header)[1].split("\n\n")[0].splitlines()
     rows = [
         (f"`{p.name}`", p.image_tokens, p.generated_tokens, p.needs)
-        for p in map(get_policy, BUILT_IN)
+        for p in map(POLICIES.get, BUILT_IN)
     ]
     rows.append((f"`{NO_POLICY}`", "all kept", "all kept", "nothing"))
     assert table == [f"| {' | '.join(row)} |" for row in rows]
@@ -63,7 +59,7 @@ def test_imports_nothing_heavy() -> None:
         "from dllava_export.sparsity import Sparsity\n"
         "Sparsity('uniform')\n"
         "from dllava_export.passes.policies import registry\n"
-        "print(len(list(registry.usable_policies())))\n"
+        "print(len(list(registry.POLICIES.usable())))\n"
         "print([m for m in ('onnx', 'onnx_graphsurgeon', 'torch') if m in sys.modules])\n"
     )
     done = subprocess.run(
@@ -87,8 +83,8 @@ def test_imports_nothing_heavy() -> None:
 def test_names_what_comes_close(name: str, remedy: str) -> None:
     message = f"policy must be one of predictor, random, uniform, norm, got {name!r}. {remedy}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        get_policy(name)
-    assert find_policy(name) is None
+        POLICIES.get(name)
+    assert POLICIES.find(name) is None
 
 
 @pytest.mark.parametrize("rate", [0, 1, -0.5, 1.5])
@@ -112,11 +108,11 @@ def test_refuses_policies_without_a_decision() -> None:
 @pytest.mark.parametrize("entry", ["Mine", "mine"], ids=["class", "instance"])
 def test_finds_policies_of_other_packages(policy_packages, entry: str) -> None:
     policy_packages.install("mine", entry)
-    assert policy_names() == (*BUILT_IN, "mine")
-    assert isinstance(get_policy("mine"), Policy)
+    assert POLICIES.names() == (*BUILT_IN, "mine")
+    assert isinstance(POLICIES.get("mine"), Policy)
     assert "mine" in untrained_policy_names()
     assert "mine" not in text_policy_names()
-    assert built_in_policy("mine") is None
+    assert POLICIES.find_built_in("mine") is None
 
 
 def test_they_may_decide_about_text(policy_packages) -> None:
@@ -143,7 +139,7 @@ def test_they_may_decide_about_text(policy_packages) -> None:
 def test_says_which_package_is_broken(policy_packages, entry, source, message) -> None:
     policy_packages.install("mine", entry, **({} if source is None else {"source": source}))
     with pytest.raises(DllavaExportError) as caught:
-        get_policy("mine")
+        POLICIES.get("mine")
     text = str(caught.value)
     assert text.startswith(f"Policy 'mine' of package p 1.5 {message}")
     assert text.endswith("Repair or uninstall the package.")
@@ -154,26 +150,26 @@ def test_the_name_must_be_that_of_the_entry_point(policy_packages) -> None:
     with pytest.raises(
         DllavaExportError, match=r"'other' of package p 1\.5 has \{'name': 'mine'"
     ):
-        get_policy("other")
+        POLICIES.get("other")
 
 
 def test_a_broken_package_does_not_hide_the_others(policy_packages, caplog) -> None:
     policy_packages.install("mine", "Mine", source="import nowhere")
     assert text_policy_names() == ("predictor", "random", "uniform")
     assert "Policy 'mine' of package p 1.5 cannot be loaded" in caplog.text
-    assert get_policy("norm").name == "norm"
+    assert POLICIES.get("norm").name == "norm"
 
 
 @pytest.mark.parametrize("name", ["norm", "none"])
 def test_built_in_names_are_taken(policy_packages, name: str) -> None:
     policy_packages.install(name, "Mine")
-    assert policy_names() == BUILT_IN
+    assert POLICIES.names() == BUILT_IN
     message = (
         f"Package p 1.5 provides a policy '{name}', but that name is taken, as are all of "
         "predictor, random, uniform, norm, none. Rename it there, or uninstall the package."
     )
     with pytest.raises(DllavaExportError, match=f"^{re.escape(message)}$"):
-        get_policy(name)
+        POLICIES.get(name)
 
 
 def test_two_packages_cannot_provide_one_policy(policy_packages) -> None:
@@ -183,4 +179,4 @@ def test_two_packages_cannot_provide_one_policy(policy_packages) -> None:
         r"^Packages (p 1\.5 and q|q 1\.5 and p) 1\.5 provide a policy 'mine' each\. Unins"
     )
     with pytest.raises(DllavaExportError, match=message):
-        get_policy("mine")
+        POLICIES.get("mine")

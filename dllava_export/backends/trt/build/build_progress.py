@@ -21,7 +21,7 @@ def progress_monitor(trt: ModuleType, name: str, *, show: bool) -> Any:
     """
     from tqdm import tqdm
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
         """Called by TensorRT, from several threads."""
 
         def __init__(self) -> None:
