@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dllava_export.benchmark.bundle_session import open_bundle, pretend_generated
+from dllava_export.benchmark.bundle_session import open_bundle
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.sparsity import DENSE
 
@@ -35,7 +35,7 @@ def test_opens_the_dense_form_of_a_sparse_bundle(prefilled):
 )
 def test_caches_grow_as_by_generating(prefilled, is_dense, lengths):
     session = prefilled(is_dense=is_dense)
-    pretend_generated(session, 40)
+    session.fill(40)
     assert session.cache_lengths.tolist() == lengths
 
 
@@ -43,7 +43,7 @@ def test_rows_are_written_behind_the_prompt_only(prefilled):
     session = prefilled(is_dense=False)
     keys = session.cache(2)[0]
     prompt = keys[:, :, :6].copy()
-    pretend_generated(session, 40)
+    session.fill(40)
     np.testing.assert_array_equal(keys[:, :, :6], prompt)
     assert (keys[:, :, 6:26] == np.float32(0.01)).all()
     assert not keys[:, :, 26:].any()
@@ -51,5 +51,5 @@ def test_rows_are_written_behind_the_prompt_only(prefilled):
 
 def test_decoding_goes_on_behind_them(prefilled):
     session = prefilled(is_dense=True)
-    pretend_generated(session, 40)
+    session.fill(40)
     assert session.decode([7]).cache_lengths.tolist() == [[60], [60], [60]]

@@ -55,13 +55,16 @@ def test_kv_bytes_follow_the_formula(dense):
 
 
 def test_overhead_is_a_share_and_leaves_no_trace(dense):
-    before = dense.session._backend._decoder
+    dense.prepare(1)
+    dense.prefill()
+    before, lengths = dense.session, dense.session.cache_lengths
     assert 0 < dense.overhead(5) < 1
-    assert dense.session._backend._decoder is before
+    assert dense.session is before
+    np.testing.assert_array_equal(dense.session.cache_lengths, lengths)
 
 
 def test_overhead_says_when_a_step_is_not_one_run(dense, monkeypatch):
-    monkeypatch.setattr(dense, "decode", lambda: None)
+    monkeypatch.setattr(DenseSubject, "decode", lambda self: None)
     with pytest.raises(BackendError, match="5 decode steps made 0 runs of ONNX Runtime"):
         dense.overhead(5)
 

@@ -37,7 +37,7 @@ def test_dry_run_as_json(build):
     done = build("--backend", "tensorrt", "--dry-run", "--json")
     plan = json.loads(done.stdout)
     assert [engine["name"] for engine in plan["engines"]] == ["decoder", "visual", "recompute"]
-    assert plan["kv"]["capacity_full"] == 513
+    assert plan["kv"]["capacities"]["full"] == 513
     assert plan["memory_bytes"] > 0
 
 

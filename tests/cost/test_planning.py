@@ -109,11 +109,17 @@ def test_text_says_that_a_batch_does_not_fit(folder):
 def test_json(folder):
     report = json.loads(json.dumps(plan(folder, batch_size=3).to_json()))
     assert report["request"]["num_image_tokens"] == NUM_IMAGE
-    assert report["sparse"]["capacity_sparse"] == SPARSE_ROWS
-    assert report["dense"]["capacity_sparse"] is None
+    groups = [("full", 0, 1, FULL_ROWS), ("sparse", 1, 1, SPARSE_ROWS)]
+    assert report["sparse"]["cache_groups"] == [
+        {"name": name, "first_layer": first, "num_layers": count, "capacity": rows}
+        | {"bytes": 3 * rows * ROW}
+        for name, first, count, rows in groups
+    ]
+    (dense,) = report["dense"]["cache_groups"]
+    assert (dense["name"], dense["num_layers"], dense["capacity"]) == ("full", 2, FULL_ROWS)
+    assert dense["bytes"] == 3 * 2 * FULL_ROWS * ROW
     sizes = report["sparse"]["bytes"]
-    assert sizes["kv_cache_full"] == 3 * FULL_ROWS * ROW
-    assert sizes["kv_cache_sparse"] == 3 * SPARSE_ROWS * ROW
+    assert sizes["kv_cache"] == 3 * (FULL_ROWS + SPARSE_ROWS) * ROW
     parts = [sizes[name] for name in sizes if name not in ("total", "per_sample")]
     assert sum(parts) == sizes["total"] == SPARSE_FIXED + 3 * SPARSE_SAMPLE
     assert report["sparse"]["fits"] is True

@@ -24,6 +24,7 @@ from dllava_export.exporting.exporter import export_checkpoint, resolve_sparsity
 from dllava_export.exporting.options import SparsityOptions
 from dllava_export.exporting.report import ExportReport
 from dllava_export.geometry import Geometry, PredictorGeometry
+from dllava_export.precision import Precision
 from dllava_export.runtime.loading import load
 from dllava_export.sparsity import DENSE, Sparsity
 
@@ -267,8 +268,8 @@ def test_converts_weights(tmp_path, traced_once, stored, asked, precision, dtype
     values = factory.make_checkpoint(tmp_path / "in", dtype=stored)
     source = read_checkpoint(tmp_path / "in")
     done = export_checkpoint(source, tmp_path / "out", precision=asked)
-    assert done.manifest.precision == precision
-    assert done.manifest.geometry.bytes_per_value == np.dtype(dtype).itemsize
+    assert done.manifest.precision == Precision.of(precision)
+    assert done.manifest.precision.weights.numpy == dtype
     for name in ("model.layers.0.mlp.gate_proj.weight", "model.norm.weight"):
         found = decoder_weights(tmp_path / "out")[name]
         assert found.dtype == dtype

@@ -133,8 +133,10 @@ def test_plan_counts_weights_and_caches(bundle, size):
     # Beside the weights only the constants of the graph, some numbers each.
     assert sparse["bytes"]["decoder_weights"] == pytest.approx(2 * weights, abs=10_000)
     rows = (640 + 1024 + 1, 64 + 115 + 512 + 64 + 1)
-    assert (sparse["capacity_full"], sparse["capacity_sparse"]) == rows
-    assert sparse["bytes"]["kv_cache_sparse"] == (layers - 2) * rows[1] * 2 * hidden * 2
+    full, pruned = sparse["cache_groups"]
+    assert (full["capacity"], pruned["capacity"]) == rows
+    assert pruned["bytes"] == (layers - 2) * rows[1] * 2 * hidden * 2
+    assert sparse["bytes"]["kv_cache"] == full["bytes"] + pruned["bytes"]
     assert found["dense"]["largest_batch"] < sparse["largest_batch"]
     assert sparse["bytes"]["decoder_activations"] < 0.1 * GIB
 

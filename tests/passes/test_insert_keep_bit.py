@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+from text_decisions import CONSTANTS, DECISIONS
 
 from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError
@@ -21,39 +22,6 @@ LAST_ROWS = """
     last_position = Slice (position_ids, last_axis, end, axis_1)
     last_kind = Slice (token_kind, last_axis, end, axis_1)
 """
-DECISIONS = {
-    "predictor": """
-    scores_text, decision = ai.dllava.PredictorHead <epsilon = 1e-5> (last_h0,
-        "output_text_predictor.output_mlp.0.weight", "output_text_predictor.output_mlp.0.bias",
-        "output_text_predictor.output_mlp.1.weight", "output_text_predictor.output_mlp.1.bias",
-        "output_text_predictor.output_mlp.3.weight", "output_text_predictor.output_mlp.3.bias",
-        "output_text_predictor.output_mlp.5.weight", "output_text_predictor.output_mlp.5.bias",
-        "output_text_predictor.output_mlp.7.weight", "output_text_predictor.output_mlp.7.bias")
-""",
-    "random": """
-    salted = Add (last_position, salt)
-    multiplied = Mul (salted, factor)
-    shifted = Add (multiplied, shift)
-    reduced = Mod (shifted, prime)
-    quadratic = Mul (reduced, salted)
-    mixed = Add (quadratic, offset)
-    hashed = Mod (mixed, prime)
-    number = Cast <to = 1> (hashed)
-    drawn = Div (number, prime_float)
-    scores_text = Sub (rate, drawn)
-    decision = Greater (scores_text, none)
-""",
-    "uniform": """
-    following = Add (last_position, one)
-    up_to_product = Mul (following, rate_fixed)
-    up_to = Div (up_to_product, whole)
-    before_product = Mul (last_position, rate_fixed)
-    before = Div (before_product, whole)
-    difference = Sub (up_to, before)
-    scores_text = Cast <to = 1> (difference)
-    decision = Greater (scores_text, none)
-""",
-}
 KEEP = """
     is_generated = Equal (last_kind, three)
     is_rejected = Not (decision)
@@ -62,10 +30,6 @@ KEEP = """
     keep = Not (is_dropped)
     stored = Where (is_dropped, zero, kept_lengths)
 """
-CONSTANTS = """, int64[1] end = {9223372036854775807}, int64 salt = {1048577},
-    int64 factor = {48271}, int64 shift = {1103515245}, int64 offset = {12345},
-    int64 prime = {2147483647}, float prime_float = {2147483647.0}, float rate = {0.25},
-    float none = {0}, int64 rate_fixed = {262144}, int64 whole = {1048576}"""
 
 
 def without_bit(num_layers: int = 2) -> onnx.ModelProto:

@@ -4,7 +4,7 @@ import helpers
 import numpy as np
 import onnx
 import pytest
-from test_insert_keep_bit import CONSTANTS, DECISIONS
+from text_decisions import CONSTANTS, DECISIONS
 
 from dllava_export import names
 from dllava_export.errors import PostconditionError, PreconditionError

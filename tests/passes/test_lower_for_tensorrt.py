@@ -13,7 +13,7 @@ from dllava_export.passes.insert_image_selection import InsertImageSelectionPass
 from dllava_export.passes.insert_kv_cache import InsertKVCachePass
 from dllava_export.passes.lower_for_tensorrt import LowerForTensorRTPass, has_attention_kernel
 
-LOWER = LowerForTensorRTPass(capacity_full=9, capacity_sparse=7)
+LOWER = LowerForTensorRTPass({"full": 9, "sparse": 7})
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 
 
@@ -143,7 +143,7 @@ def test_leaves_the_op_that_has_a_kernel_and_its_body():
 
 
 def test_leaves_ops_of_plugins():
-    step = LowerForTensorRTPass(9, 7, plugin_ops=("KVCacheAttention",))
+    step = LowerForTensorRTPass(LOWER.capacities, plugin_ops=("KVCacheAttention",))
     assert ops(lowered(cached_attention(), step)) == ["KVCacheAttention"]
 
 
@@ -170,7 +170,7 @@ def test_refuses_attention_with_a_softcap():
 
 def test_refuses_a_capacity_of_nothing():
     with pytest.raises(ValueError, match="capacity_sparse must be at least 1, got 0"):
-        LowerForTensorRTPass(9, 0)
+        LowerForTensorRTPass({"full": 9, "sparse": 0})
 
 
 def test_promises_no_attention_without_a_kernel():

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dllava_export.reporting.comparison_table import HEADING, compare, layer_spans, table_lines
+from dllava_export.reporting.comparison_table import HEADING, compare, table_lines
 
 
 def test_row_has_the_share_of_sparse():
@@ -16,9 +16,3 @@ def test_lines_are_aligned():
         "      dense  sparse  share",
         "rows    640     179  28.0%",
     ]
-
-
-def test_spans_leave_out_empty_groups():
-    assert layer_spans([2, 30]) == [(0, 1), (2, 31)]
-    assert layer_spans([32, 0]) == [(0, 31)]
-    assert layer_spans([0, 4]) == [(0, 3)]

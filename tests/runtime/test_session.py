@@ -8,6 +8,7 @@ import pytest
 import tolerances
 from golden import feed, load_case
 
+from dllava_export.backends.kv_plan import SPARE_ROWS
 from dllava_export.errors import BackendError, BundleError, CapacityError, InvalidInputError
 from dllava_export.runtime.loading import check_image_choice, load
 
@@ -303,7 +304,7 @@ def test_more_cache_rows_than_asked_for_do_not_raise_max_length(bundles, monkeyp
     allocate = session._backend.allocate
 
     def allocate_more(plan):
-        allocate(dataclasses.replace(plan, capacity_full=plan.capacity_full + 10))
+        allocate(plan.with_rows("full", plan.capacities["full"] - SPARE_ROWS + 10))
 
     monkeypatch.setattr(session._backend, "allocate", allocate_more)
     session.prefill([PROMPT])

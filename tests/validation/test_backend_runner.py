@@ -12,6 +12,7 @@ from dllava_export import names
 from dllava_export.backends.ort.backend import OrtBackend, open_session
 from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError
+from dllava_export.precision import Precision
 from dllava_export.validation import backend_runner
 from dllava_export.validation.backend_runner import BackendRunner
 from dllava_export.validation.graph_inputs import save_graph_inputs
@@ -83,9 +84,8 @@ def test_inputs_stay_and_results_do_not_follow_the_next_run(feeds):
 def test_larger_buffers_of_an_engine_are_cut_to_what_was_fed(feeds, monkeypatch):
     class Roomy(OrtBackend):
         def allocate(self, plan):
-            full, sparse = plan.capacity_full + 5, plan.capacity_sparse + 5
-            larger = dataclasses.replace(plan, capacity_full=full, capacity_sparse=sparse)
-            super().allocate(larger)
+            capacities = {name: rows + 5 for name, rows in plan.capacities.items()}
+            super().allocate(dataclasses.replace(plan, capacities=capacities))
 
     path, by_use = feeds["sparse"]
     expected = infer(path / "llm/model.onnx", by_use["decoder_decode"])
@@ -98,7 +98,9 @@ def test_larger_buffers_of_an_engine_are_cut_to_what_was_fed(feeds, monkeypatch)
 def test_bf16_is_refused(feeds, tmp_path):
     out = tmp_path / "bf16"
     shutil.copytree(feeds["sparse"][0], out, copy_function=shutil.copyfile)
-    write_manifest(out, dataclasses.replace(read_manifest(out), precision="bf16"))
+    write_manifest(
+        out, dataclasses.replace(read_manifest(out), precision=Precision.of("bf16"))
+    )
     with pytest.raises(
         BackendError, match="is in bf16, which polygraphy's arrays do not have"
     ):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from PIL import Image
-from test_validation_report import STEPS, check, make_report
+from validation_reports import STEPS, check, make_report
 
 from dllava_export.sparsity import DENSE
 from dllava_export.validation.plot import plot_drift

@@ -12,6 +12,7 @@ import pytest
 
 from dllava_export import names
 from dllava_export.backends.backend import StepInputs
+from dllava_export.backends.cache_groups import CacheGroup
 from dllava_export.backends.doctor import collect
 from dllava_export.backends.kv_plan import KVPlan
 from dllava_export.backends.ort.backend import OrtBackend, lowered_model, open_session
@@ -22,10 +23,8 @@ from dllava_export.runtime.loading import load
 
 PLAN = KVPlan(
     batch=2,
-    num_full_layers=2,
-    num_sparse_layers=2,
-    capacity_full=20,
-    capacity_sparse=12,
+    groups=(CacheGroup("full", 0, 2), CacheGroup("sparse", 2, 2)),
+    capacities={"full": 20, "sparse": 12},
     bytes_per_row=512,
 )
 
@@ -53,8 +52,7 @@ def prompt_step(batch=2, rows=5):
         num_kept=lengths[:1],
         kept_lengths=lengths,
         num_image_rows=np.zeros(1, np.int64),
-        write_index_full=zeros,
-        write_index_sparse=zeros,
+        write_indices={"full": zeros, "sparse": zeros},
     )
 
 
@@ -67,8 +65,8 @@ def test_caches_are_allocated_by_group(backend):
 def test_prompts_report_their_rows(backend):
     backend.allocate(PLAN)
     outputs = backend.run(prompt_step())
-    assert outputs.next_write_index_full.tolist() == [5, 5]
-    assert outputs.next_write_index_sparse.tolist() == [5, 5]
+    next_indices = {n: index.tolist() for n, index in outputs.next_write_indices.items()}
+    assert next_indices == {"full": [5, 5], "sparse": [5, 5]}
     assert outputs.kept_indices.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert outputs.keep.tolist() == [True, True]
     assert outputs.logits.shape == (2, 131)
@@ -78,10 +76,10 @@ def test_growing_keeps_both_groups_rows(backend):
     backend.allocate(PLAN)
     backend.run(prompt_step())
     before = [part.copy() for layer in range(4) for part in backend.cache(layer)]
-    backend.grow_sparse(PLAN.with_sparse_rows(18))
+    backend.grow(PLAN.with_rows("sparse", 18))
     after = [part for layer in range(4) for part in backend.cache(layer)]
     assert after[-1].shape[2] == 19
-    assert backend.plan.capacity_sparse == 19
+    assert backend.plan.capacities == {"full": 20, "sparse": 19}
     for old, new in zip(before, after, strict=True):
         assert np.array_equal(new[:, :, : old.shape[2]], old)
         assert (new[:, :, old.shape[2] :] == 0).all()
@@ -119,30 +117,6 @@ def test_lowering_leaves_weights_outside(opened):
     assert "KVCacheAttention" not in ops
     assert "GroupQueryAttention" in ops
     assert lowered_model(path).ByteSize() < path.stat().st_size + 4096
-
-
-def rotating_layers(model):
-    """Return the layers whose attention rotates, and those whose does not."""
-    found = {True: [], False: []}
-    for node in model.graph.node:
-        if node.op_type == "GroupQueryAttention":
-            attributes = {attribute.name: attribute.i for attribute in node.attribute}
-            layer = int(node.input[3].split(".")[1])
-            found[bool(attributes.get("do_rotary", 0))].append(layer)
-    return found[True], found[False]
-
-
-def test_attention_rotates_in_layers_of_the_full_caches(opened):
-    path = opened[0] / "llm" / layout.DECODER
-    assert rotating_layers(lowered_model(path, num_positions=20)) == ([0, 1], [2, 3])
-    assert rotating_layers(lowered_model(path)) == ([], [0, 1, 2, 3])
-
-
-def test_refuses_more_rows_than_max_length(opened):
-    backend = OrtBackend(*opened, num_threads=1, max_length=3)
-    backend.allocate(PLAN)
-    with pytest.raises(BackendError, match="cos_cache"):
-        backend.run(prompt_step())
 
 
 def ops_for(folder, provider):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dllava_export import names
-from dllava_export.backends.trt.caches import DeviceCaches, WriteIndices, present_name
+from dllava_export.backends.trt.caches import DeviceCaches, WriteIndices
 from dllava_export.backends.trt.memory_layout import ALIGNMENT, BlockLayout, TensorSpec
 
 KEY, VALUE = names.past(0, "key"), names.past(0, "value")
@@ -79,7 +79,7 @@ def make_caches(memory, capacity):
 def test_past_and_present_share_one_buffer(memory):
     caches, values = make_caches(memory, capacity=4)
     with caches.addresses() as addresses:
-        assert set(addresses) == {KEY, VALUE, present_name(KEY), present_name(VALUE)}
+        assert set(addresses) == {KEY, VALUE, names.present_of(KEY), names.present_of(VALUE)}
         assert addresses[KEY] == addresses["present.0.key"] != addresses["present.0.value"]
     assert np.array_equal(caches.read(KEY, 3), values)
     assert np.array_equal(caches.read(VALUE, 2), -values[:2])

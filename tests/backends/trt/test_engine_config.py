@@ -28,8 +28,7 @@ CONFIG = EngineConfig(
     precision="fp16",
     max_batch_size=2,
     max_input_len=100,
-    capacity_full=201,
-    capacity_sparse=140,
+    capacities={"full": 201, "sparse": 140},
     is_stripped=False,
     engines={"decoder": EngineFile("decoder.engine", "ab" * 32, 12, {"prefill": SHAPES})},
     not_built={"recompute": "no kernel"},
@@ -65,6 +64,22 @@ def test_reads_what_was_written(written):
     assert [path.name for path in engine_folder(written, BACKEND).iterdir()] == ["config.json"]
 
 
+def as_0_1_wrote_it(document):
+    capacities = document.pop("capacities")
+    document["capacity_full"] = capacities["full"]
+    document["capacity_sparse"] = capacities["sparse"]
+
+
+def test_reads_what_0_1_wrote(written):
+    change(written, as_0_1_wrote_it)
+    assert read_engine_config(written, BACKEND) == CONFIG
+
+
+def without_a_capacity(document):
+    as_0_1_wrote_it(document)
+    document.pop("capacity_full")
+
+
 def test_no_engines(tmp_path):
     with pytest.raises(
         BackendError, match=r"has no engines for tensorrt: .* Build them: dllava"
@@ -83,7 +98,8 @@ def test_another_schema_version(written):
 @pytest.mark.parametrize(
     "edit",
     [
-        pytest.param(lambda d: d.pop("capacity_full"), id="field missing"),
+        pytest.param(lambda d: d.pop("max_input_len"), id="field missing"),
+        pytest.param(without_a_capacity, id="field of 0.1 missing"),
         pytest.param(lambda d: d.update(engines=3), id="wrong type"),
         pytest.param(lambda d: d.pop("schema_version"), id="no version"),
     ],

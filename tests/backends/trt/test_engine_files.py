@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from engine_folders import BACKEND, VERSION, make_config, write_bundle_with_engines
 
+from dllava_export.backends.cache_groups import CacheGroup
 from dllava_export.backends.kv_plan import KVPlan
 from dllava_export.backends.trt.engine_config import (
     ProfileShapes,
@@ -24,13 +25,9 @@ from dllava_export.backends.trt.engine_files import (
 from dllava_export.errors import BackendError, CapacityError
 
 CONFIG = make_config()
+FULL, SPARSE = CacheGroup("full", 0, 2), CacheGroup("sparse", 2, 2)
 PLAN = KVPlan(
-    batch=2,
-    num_full_layers=2,
-    num_sparse_layers=2,
-    capacity_full=30,
-    capacity_sparse=20,
-    bytes_per_row=512,
+    batch=2, groups=(FULL, SPARSE), capacities={"full": 30, "sparse": 20}, bytes_per_row=512
 )
 RANGES = {
     "inputs_embeds": ProfileShapes((1, 1, 64), (1, 8, 64), (2, 16, 64)),
@@ -121,7 +118,7 @@ def test_refuses_another_gpu():
 
 def test_the_plan_becomes_the_engines_capacities():
     assert check_plan(CONFIG, PLAN) == dataclasses.replace(
-        PLAN, capacity_full=33, capacity_sparse=25
+        PLAN, capacities={"full": 33, "sparse": 25}
     )
 
 
@@ -135,13 +132,13 @@ def test_the_plan_becomes_the_engines_capacities():
             id="batch",
         ),
         pytest.param(
-            {"capacity_full": 34},
+            {"capacities": {"full": 34, "sparse": 20}},
             CapacityError,
             "full KV caches need 33 rows, .* 32",
             id="full",
         ),
         pytest.param(
-            {"capacity_sparse": 26},
+            {"capacities": {"full": 30, "sparse": 26}},
             CapacityError,
             "sparse KV caches need 25 rows, the engine's have 24",
             id="sparse",
@@ -154,8 +151,10 @@ def test_refuses_plans_that_do_not_fit(change, error, message):
 
 
 def test_a_dense_decoder_has_no_sparse_caches_to_fit():
-    plan = dataclasses.replace(PLAN, num_sparse_layers=0, capacity_sparse=99)
-    assert check_plan(CONFIG, plan).capacity_full == 33
+    plan = dataclasses.replace(
+        PLAN, groups=(CacheGroup("full", 0, 4),), capacities={"full": 30}
+    )
+    assert check_plan(CONFIG, plan).capacities == {"full": 33}
 
 
 def test_a_request_inside_the_profile_is_taken():

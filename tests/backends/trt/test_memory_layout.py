@@ -8,7 +8,6 @@ from dllava_export.backends.trt.memory_layout import (
     ALIGNMENT,
     BlockLayout,
     TensorSpec,
-    dtype_named,
     resolved_tensors,
 )
 
@@ -36,8 +35,10 @@ def test_a_dimension_without_a_size_is_an_error():
 
 
 def test_bfloat16_is_known_by_name():
-    assert dtype_named("bfloat16") == np.dtype(ml_dtypes.bfloat16)
-    assert dtype_named("float32") == np.dtype(np.float32)
+    entries = [{"name": name, "dtype": name, "shape": [3]} for name in ("bfloat16", "float32")]
+    tensors = resolved_tensors(entries, {})
+    assert tensors["bfloat16"] == TensorSpec(np.dtype(ml_dtypes.bfloat16), (3,))
+    assert tensors["float32"] == TensorSpec(np.dtype(np.float32), (3,))
 
 
 def test_every_tensor_starts_at_a_multiple_of_256_bytes():

@@ -57,16 +57,16 @@ def test_prefill_takes_every_prompt_up_to_the_longest(planned):
 def test_capacities_follow_the_plan_of_the_caches(planned):
     plan = planned(max_input_len=100, max_kv_cache_capacity=301)
     num_kept = 100 - NUM_IMAGE + NUM_KEPT_IMAGE
-    assert plan.kv.capacity_full == 301
-    assert plan.kv.capacity_sparse == num_kept + (200 // 2 + 64) + 1
+    assert plan.kv.capacities["full"] == 301
+    assert plan.kv.capacities["sparse"] == num_kept + (200 // 2 + 64) + 1
     prefill = profiles(plan)["decoder", "prefill"]
     assert prefill["past_key_values.0.key"].max == (1, 4, 301, 16)
-    assert prefill["past_key_values.2.key"].min == (1, 4, plan.kv.capacity_sparse, 16)
+    assert prefill["past_key_values.2.key"].min == (1, 4, plan.kv.capacities["sparse"], 16)
 
 
 def test_defaults_share_a_small_context_between_prompt_and_answer(planned):
     plan = planned()
-    assert plan.kv.capacity_full == POSITIONS + 1
+    assert plan.kv.capacities["full"] == POSITIONS + 1
     assert plan.max_input_len == NUM_IMAGE + (POSITIONS - NUM_IMAGE) // 2
 
 
@@ -76,7 +76,7 @@ def test_default_prompt_of_a_large_context(planned):
 
 def test_no_prompt_keeps_more_rows_than_the_sparse_caches_hold(planned):
     plan = planned(max_input_len=500, max_kv_cache_capacity=501)
-    assert plan.kv.capacity_sparse == 500 - NUM_IMAGE + NUM_KEPT_IMAGE + 1
+    assert plan.kv.capacities["sparse"] == 500 - NUM_IMAGE + NUM_KEPT_IMAGE + 1
     assert profiles(plan)["decoder", "prefill"]["num_kept"].max == (471,)
 
 

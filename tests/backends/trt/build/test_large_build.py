@@ -58,4 +58,4 @@ def test_dry_run_tells_memory(bundle):
     decoder = plan["engines"][0]
     assert decoder["weight_bytes"] == pytest.approx(1815 * MIB, rel=0.02)
     assert plan["memory_bytes"] == int(1.7 * decoder["weight_bytes"]) + 768 * MIB
-    assert plan["kv"]["capacity_full"] == 1025
+    assert plan["kv"]["capacities"]["full"] == 1025
