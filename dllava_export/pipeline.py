@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dllava_export.passes.base import Pass
+    import onnx
+
+    from dllava_export.passes.base import Pass, PassResult
     from dllava_export.passes.policies.weights import PredictorWeights
     from dllava_export.sparsity import Sparsity
 
@@ -17,7 +19,24 @@ __all__ = [
     "normalising_passes",
     "recompute_passes",
     "tensorrt_passes",
+    "transformed",
 ]
+
+
+def transformed(
+    model: onnx.ModelProto, passes: Sequence[Pass]
+) -> tuple[onnx.ModelProto, list[PassResult]]:
+    """Run passes over a copy of a model; weights stay external.
+
+    Returns:
+        The new model, and what each pass did.
+    """
+    from dllava_export.passes.base import run_passes
+    from dllava_export.passes.graph_io import graph_from_model, model_from_graph
+
+    graph = graph_from_model(model)
+    results = run_passes(graph, passes)
+    return model_from_graph(graph), results
 
 
 def normalising_passes() -> list[Pass]:

@@ -17,8 +17,9 @@ from pathlib import Path
 from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.benchmark.bench_report import BenchReport, Measurement
 from dllava_export.benchmark.bench_settings import BenchSettings
-from dllava_export.benchmark.bundle_subjects import BundleSubject, SessionSubject, TorchSubject
+from dllava_export.benchmark.bundle_subjects import SessionSubject, TorchSubject
 from dllava_export.benchmark.machine import machine_line, wait_for_idle_threads
+from dllava_export.benchmark.subject import BundleSubject
 from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.errors import BackendError
 from dllava_export.precision import Precision
@@ -130,7 +131,7 @@ class _Times:
             start = time.perf_counter()
             subject.prefill()
             self._prefill.append(time.perf_counter() - start)
-            subject.pretend_generated(length)
+            subject.fill(length)
             subject.decode()
             start = time.perf_counter()
             for _ in range(self._settings.decode_steps):
@@ -154,7 +155,7 @@ def _capacity_ratio(subject: SessionSubject, settings: BenchSettings) -> float |
         for num_new, found in times.items():
             subject.num_new = num_new
             subject.prefill()
-            subject.pretend_generated(length)
+            subject.fill(length)
             subject.decode()
             start = time.perf_counter()
             for _ in range(settings.decode_steps):

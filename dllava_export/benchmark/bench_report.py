@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from dllava_export.benchmark.bench_settings import BenchSettings
+from dllava_export.reporting.tables import aligned_lines
 
 __all__ = ["BenchReport", "Measurement"]
 
@@ -77,14 +78,6 @@ class BenchReport:
                 _mib(subject.peak_rss_bytes),
             ]
             rows.append(cells)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        table = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
         settings = self.settings
         return "\n".join(
             [
@@ -92,7 +85,7 @@ class BenchReport:
                 f"prompt of {settings.prompt_text_len} text tokens and one image",
                 "times in ms, medians of "
                 f"{settings.rounds} interleaved rounds; in brackets: times as long as sparse",
-                *table,
+                *aligned_lines(rows),
                 *self._capacity_lines(),
                 *(f"left out: {reason}" for reason in self.left_out),
             ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,36 +25,12 @@ if TYPE_CHECKING:
     from dllava_export.sparsity import Sparsity
 
 
-__all__ = ["BundleSubject", "SessionSubject", "TorchSubject"]
+__all__ = ["SessionSubject", "TorchSubject"]
 
 _FIRST_TOKEN = 3  # any ordinary id: what is generated does not change the time
 
 
-class BundleSubject(abc.ABC):
-    """Something that prefills and decodes the same prompts over and over."""
-
-    @abc.abstractmethod
-    def prefill(self) -> None:
-        """Feed the prompts into empty caches."""
-
-    @abc.abstractmethod
-    def pretend_generated(self, length: int) -> None:
-        """Leave the caches as so many generated tokens would."""
-
-    @abc.abstractmethod
-    def decode(self) -> None:
-        """Feed one token per sample."""
-
-    @abc.abstractmethod
-    def kv_bytes(self, length: int) -> int:
-        """Return the bytes of the valid cache rows after so many generated tokens."""
-
-    @abc.abstractmethod
-    def kv_allocated_bytes(self) -> int:
-        """Return the bytes of the cache buffers."""
-
-
-class SessionSubject(BundleSubject):
+class SessionSubject:
     """A bundle in ONNX Runtime, sparse or in its dense form, or its engines."""
 
     def __init__(self, folder: Path, settings: BenchSettings, sparsity: Sparsity) -> None:
@@ -79,9 +54,9 @@ class SessionSubject(BundleSubject):
             self.prompts, image_features=self.features, max_new_tokens=self.num_new
         )
 
-    def pretend_generated(self, length: int) -> None:
+    def fill(self, num_generated: int) -> None:
         """Write rows behind the valid ones, as many as the policy is expected to keep."""
-        self.session.fill(length)
+        self.session.fill(num_generated)
 
     def decode(self) -> None:
         """See `BundleSubject`."""
@@ -90,7 +65,7 @@ class SessionSubject(BundleSubject):
     def kv_bytes(self, length: int) -> int:
         """See `BundleSubject`."""
         self.prefill()
-        self.pretend_generated(length)
+        self.fill(length)
         return int(self.session.cache_lengths.sum()) * self.session.kv_plan.bytes_per_row
 
     def kv_allocated_bytes(self) -> int:
@@ -98,7 +73,7 @@ class SessionSubject(BundleSubject):
         return self.session.kv_plan.total_bytes
 
 
-class TorchSubject(BundleSubject):
+class TorchSubject:
     """transformers' own LLaMA with SDPA and its dynamic cache, on the same weights."""
 
     def __init__(self, folder: Path, settings: BenchSettings) -> None:
@@ -124,14 +99,19 @@ class TorchSubject(BundleSubject):
             outputs = self.model(inputs_embeds=self.embeds, use_cache=True, logits_to_keep=1)
         self.cache = outputs.past_key_values
 
-    def pretend_generated(self, length: int) -> None:
+    def fill(self, num_generated: int) -> None:
         """Append rows of zeros to every layer's cache."""
         import torch
 
-        if length == 0:
+        if num_generated == 0:
             return
         geometry = self.geometry
-        shape = self.settings.batch_size, geometry.num_kv_heads, length, geometry.head_dim
+        shape = (
+            self.settings.batch_size,
+            geometry.num_kv_heads,
+            num_generated,
+            geometry.head_dim,
+        )
         for layer in range(geometry.num_layers):
             self.cache.update(torch.zeros(shape), torch.zeros(shape), layer)
 

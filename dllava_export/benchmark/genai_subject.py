@@ -19,7 +19,7 @@ __all__ = ["GenaiSubject"]
 
 
 class GenaiSubject:
-    """See `subject.Subject`."""
+    """See `subject.SuiteSubject`."""
 
     notes = (
         "model of its own builder, fp32 for the CPU, logits of the last row only "
@@ -74,7 +74,7 @@ class GenaiSubject:
         self._append(self._model.prompt_ids(self._batch_size))
 
     def logits(self) -> np.ndarray:
-        """See `subject.Subject`."""
+        """See `subject.SuiteSubject`."""
         return np.asarray(self._generator.get_logits())[:, -1].astype(np.float32)
 
     def fill(self, num_generated: int) -> None:

@@ -20,7 +20,7 @@ _LOG_NOTHING = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C holds no
 
 
 class LlamaCppSubject:
-    """See `subject.Subject`."""
+    """See `subject.SuiteSubject`."""
 
     notes = "F32 weights and F32 KV cache, the package built from source, memory-mapped file"
 
@@ -70,7 +70,7 @@ class LlamaCppSubject:
         self._feed(prompts, range(self._batch_size))
 
     def logits(self) -> np.ndarray:
-        """See `subject.Subject`."""
+        """See `subject.SuiteSubject`."""
         size = self._model.geometry.vocab_size
         rows = []
         for sequence in range(self._batch_size):

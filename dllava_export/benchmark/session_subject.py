@@ -22,7 +22,7 @@ __all__ = ["DenseSubject", "SparseSubject"]
 
 
 class _SessionSubject(abc.ABC):
-    """See `subject.Subject`. The image's features are the embeddings of ordinary tokens.
+    """See `subject.SuiteSubject`. The image's features are the embeddings of ordinary tokens.
 
     The dense form therefore computes what every other subject computes from token ids.
     """
@@ -72,7 +72,7 @@ class _SessionSubject(abc.ABC):
         self._after_prefill = self.session.cache_lengths
 
     def logits(self) -> np.ndarray:
-        """See `subject.Subject`."""
+        """See `subject.SuiteSubject`."""
         return self._logits
 
     def fill(self, num_generated: int) -> None:

@@ -9,7 +9,17 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-__all__ = ["CONVERTED", "DENSE", "REFERENCE", "SPARSE", "SUBJECTS", "Subject", "subject_class"]
+__all__ = [
+    "CONVERTED",
+    "DENSE",
+    "REFERENCE",
+    "SPARSE",
+    "SUBJECTS",
+    "BundleSubject",
+    "Subject",
+    "SuiteSubject",
+    "subject_class",
+]
 
 SPARSE, DENSE, REFERENCE = "sparse", "dense", "transformers, dynamic cache"
 """This toolkit's two forms, and whose logits the dense subjects are compared with."""
@@ -29,7 +39,23 @@ CONVERTED = ("onnxruntime-genai", "llama.cpp")
 
 
 class Subject(Protocol):
-    """A decoder of random weights in some runtime; opened with a `RandomModel`.
+    """A decoder in some runtime that can be timed: it does the same over and over."""
+
+    def prefill(self) -> None:
+        """Run the decoder over the prompts; the token after them is known at the end."""
+        ...
+
+    def fill(self, num_generated: int) -> None:
+        """Bring the caches to what they hold after so many generated tokens; not timed."""
+        ...
+
+    def decode(self) -> None:
+        """Run the decoder over one token per sample."""
+        ...
+
+
+class SuiteSubject(Subject, Protocol):
+    """A subject of the suite: a decoder of random weights, opened with a `RandomModel`.
 
     Attributes:
         version: Package and version, of everything that computes.
@@ -43,25 +69,25 @@ class Subject(Protocol):
         """Do what comes before a prefill and is not timed: old caches are dropped."""
         ...
 
-    def prefill(self) -> None:
-        """Run the decoder over the prompts; the token after them is known at the end."""
-        ...
-
     def logits(self) -> np.ndarray:
         """Return what the last prefill gave, [batch, vocab_size] float32."""
         ...
 
-    def fill(self, num_generated: int) -> None:
-        """Bring the caches to what they hold after so many generated tokens; not timed."""
+
+class BundleSubject(Subject, Protocol):
+    """A subject of `bench BUNDLE`: it also says what its caches take."""
+
+    def kv_bytes(self, length: int) -> int:
+        """Return the bytes of the valid cache rows after so many generated tokens."""
         ...
 
-    def decode(self) -> None:
-        """Run the decoder over one token per sample."""
+    def kv_allocated_bytes(self) -> int:
+        """Return the bytes of the cache buffers."""
         ...
 
 
 def subject_class(name: str) -> Any:
-    """Return a class of `SUBJECTS`, a `Subject` that a `RandomModel` opens.
+    """Return a class of `SUBJECTS`, a `SuiteSubject` that a `RandomModel` opens.
 
     Raises:
         ImportError: If a package it needs is not installed.

@@ -180,7 +180,7 @@ class _Turns:
     None always comes after the same one, which may have left the machine warm or busy.
 
     Attributes:
-        times: Subject → what was measured; one that fails leaves it.
+        times: SuiteSubject → what was measured; one that fails leaves it.
     """
 
     def __init__(self, workers: dict[str, Worker], left_out: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ __all__ = ["DynamicCacheSubject", "StaticCacheSubject"]
 
 
 class _TransformersSubject(abc.ABC):
-    """See `subject.Subject`."""
+    """See `subject.SuiteSubject`."""
 
     notes = ""
 
@@ -49,7 +49,7 @@ class _TransformersSubject(abc.ABC):
         self._logits = self._run(self._ids)
 
     def logits(self) -> np.ndarray:
-        """See `subject.Subject`."""
+        """See `subject.SuiteSubject`."""
         return self._logits[:, -1].numpy()
 
     def fill(self, num_generated: int) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from dllava_export.benchmark.random_model import RandomModel
-from dllava_export.benchmark.subject import Subject, subject_class
+from dllava_export.benchmark.subject import SuiteSubject, subject_class
 from dllava_export.errors import BackendError
 from dllava_export.reporting.resources import ResourceMeter
 
@@ -23,7 +23,7 @@ _Result = TypeVar("_Result")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 # Of the worker's process.
-_subject: Subject | None = None
+_subject: SuiteSubject | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Bundles on disk: their layout, manifest, files and token embeddings."""

@@ -15,14 +15,9 @@ A bundle is written under a temporary name and renamed when it is whole.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +25,10 @@ from dllava_export.bundles.layout import MANIFEST
 from dllava_export.errors import BundleError
 from dllava_export.geometry import Geometry, PredictorGeometry
 from dllava_export.precision import Precision
+from dllava_export.reporting.output_files import replaced_when_complete
 from dllava_export.sparsity import Sparsity
 
-__all__ = ["SCHEMA_VERSION", "Manifest", "new_bundle", "read_manifest", "write_manifest"]
+__all__ = ["SCHEMA_VERSION", "Manifest", "read_manifest", "write_manifest"]
 
 SCHEMA_VERSION = 2
 
@@ -83,39 +79,6 @@ class Manifest:
     source: str
 
 
-@contextlib.contextmanager
-def new_bundle(out: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes `out` if the block ends well, and vanishes if not.
-
-    Raises:
-        BundleError: If `out` exists and is not an empty folder, or cannot be written.
-    """
-    out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        kind = "is a folder with files in it" if out.is_dir() else "is a file"
-        raise BundleError(
-            f"{out} {kind}; expected a new or empty folder. Choose another name or remove it."
-        )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise BundleError(
-            f"{out.parent} cannot be written ({error.strerror}). Choose a folder you may write."
-        ) from error
-    try:
-        partial.chmod(0o755)  # mkdtemp makes it private
-        yield partial
-        partial.rename(out)
-    except OSError as error:
-        raise BundleError(
-            f"Writing {out} failed: {error.strerror or error}. Free some space or choose "
-            "another disk; nothing was left behind."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest last, over all files that are there."""
     values = {**dataclasses.asdict(manifest), "precision": manifest.precision.to_json()}
@@ -123,9 +86,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     files = {str(p.relative_to(folder)): _fingerprint(p) for p in paths}
     document = {"schema_version": SCHEMA_VERSION, **values, "files": files}
     target = folder / MANIFEST
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    with replaced_when_complete(target, _as_it_is) as partial:
+        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_it_is(error: OSError) -> OSError:
+    # Whoever made the folder says what to do about a full disk.
+    return error
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:

@@ -24,9 +24,9 @@ from dllava_export.reporting.comparison_table import (
     HEADING,
     Row,
     compare,
-    table_lines,
 )
 from dllava_export.reporting.resources import stage
+from dllava_export.reporting.tables import aligned_lines
 from dllava_export.sparsity import DENSE, Sparsity
 
 __all__ = ["InspectionReport", "inspect_bundle", "inspect_geometry"]
@@ -96,7 +96,7 @@ class InspectionReport:
             ),
         ]
         lines = [f"{name:<10}{value}" for name, value in heading]
-        lines += ["", *table_lines(self._comparisons())]
+        lines += ["", *aligned_lines(self._comparisons())]
         if self.passes:
             width = max(len(_pass_name(entry)) for entry in self.passes)
             lines += ["", "Passes"]

@@ -27,9 +27,9 @@ from dllava_export.reporting.comparison_table import (
     HEADING,
     Row,
     compare,
-    table_lines,
 )
 from dllava_export.reporting.resources import stage
+from dllava_export.reporting.tables import aligned_lines
 from dllava_export.sparsity import DENSE, Sparsity
 
 __all__ = [
@@ -218,7 +218,7 @@ class MemoryPlan:
             f"GPU       {format_bytes(request.gpu_memory)}",
             f"Host      {format_bytes(self.embedding)} of token embeddings",
             "",
-            *table_lines(self._rows()),
+            *aligned_lines(self._rows()),
             "",
             self._verdict(),
             "",

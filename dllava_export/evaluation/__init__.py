@@ -1,1 +1,1 @@
-"""TODO."""
+"""Ask bundles questions with known answers, and draw what an answer kept."""

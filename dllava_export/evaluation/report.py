@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dllava_export.evaluation.questions import TOTAL, Question
+from dllava_export.reporting.tables import aligned_lines
 
 if TYPE_CHECKING:
     from dllava_export.evaluation.settings import EvaluationSettings
@@ -197,7 +198,7 @@ class EvaluationReport:
         """Return the tables as plain text."""
         lines = [self._heading()]
         for title, rows in self._tables():
-            lines += ["", title, *_plain_table(rows)]
+            lines += ["", title, *aligned_lines(rows)]
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
@@ -338,17 +339,6 @@ def _percent(share: float | None) -> str:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _plain_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Make bundles: from checkpoints, and from dense decoders of any exporter."""

@@ -17,13 +17,14 @@ from dllava_export.bundles.files import (
     save_models,
     tool_versions,
 )
-from dllava_export.bundles.manifest import Manifest, new_bundle, write_manifest
+from dllava_export.bundles.manifest import Manifest, write_manifest
 from dllava_export.exporting.options import SparsityOptions, complete_sparsity
 from dllava_export.exporting.report import ExportReport
 from dllava_export.exporting.transform import transform_decoder
 from dllava_export.families.family import ChatTemplate
 from dllava_export.precision import BF16, FP16, Precision
 from dllava_export.reporting import resources
+from dllava_export.reporting.output_files import new_folder
 from dllava_export.reporting.stages import show_stages
 from dllava_export.sparsity import Sparsity
 
@@ -98,7 +99,7 @@ def export_checkpoint(
     )
     stored = checkpoint.weight_format
     chosen = Precision.of(precision or (FP16 if stored == BF16 else stored).name)
-    with new_bundle(Path(out)) as folder:
+    with new_folder(Path(out)) as folder:
         llm, visual = folder / layout.LLM_FOLDER, folder / layout.VISUAL_FOLDER
         llm.mkdir()
         visual.mkdir()

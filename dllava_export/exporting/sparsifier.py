@@ -19,7 +19,7 @@ from dllava_export.bundles.files import (
     save_models,
     tool_versions,
 )
-from dllava_export.bundles.manifest import Manifest, new_bundle, read_manifest, write_manifest
+from dllava_export.bundles.manifest import Manifest, read_manifest, write_manifest
 from dllava_export.errors import BundleError, UnsupportedModelError
 from dllava_export.exporting.exporter import predictor_model
 from dllava_export.exporting.options import (
@@ -35,6 +35,7 @@ from dllava_export.geometry import Geometry, PredictorConfig, PredictorGeometry
 from dllava_export.passes.policies.registry import POLICIES
 from dllava_export.precision import NUMBER_FORMATS, Precision, format_of_dtype
 from dllava_export.reporting import resources
+from dllava_export.reporting.output_files import new_folder
 from dllava_export.reporting.stages import show_stages
 from dllava_export.sparsity import DENSE
 
@@ -117,7 +118,7 @@ def sparsify_decoder(
     """
     start = time.perf_counter()
     source = Path(dense)
-    with new_bundle(Path(out)) as folder, show_stages(progress, _NUM_STAGES) as stage:
+    with new_folder(Path(out)) as folder, show_stages(progress, _NUM_STAGES) as stage:
         llm = folder / layout.LLM_FOLDER
         llm.mkdir()
         with stage("reading the decoder"):

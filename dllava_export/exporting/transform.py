@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dllava_export.bundles import layout
-from dllava_export.pipeline import decoder_passes, recompute_passes
+from dllava_export.pipeline import decoder_passes, recompute_passes, transformed
 from dllava_export.sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -25,17 +25,13 @@ def transform_decoder(
     Returns:
         Models by file name, and what each pass did, by file name.
     """
-    from dllava_export.passes.base import run_passes
-    from dllava_export.passes.graph_io import graph_from_model, model_from_graph
-
     models, applied = {}, {}
     for name, passes in (
         (layout.DECODER, decoder_passes(sparsity, weights)),
         (layout.RECOMPUTE, recompute_passes(sparsity, weights)),
     ):
-        graph = graph_from_model(dense)
-        applied[name] = [_pass_entry(result) for result in run_passes(graph, passes)]
-        models[name] = model_from_graph(graph)
+        models[name], results = transformed(dense, passes)
+        applied[name] = [_pass_entry(result) for result in results]
     return models, applied
 
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from dllava_export.checkpoints.tensor_source import DTYPE_NAMES, TensorSource
 from dllava_export.errors import BundleError, CheckpointError
+from dllava_export.reporting.output_files import replaced_when_complete
 
 __all__ = [
     "CHECKPOINT_LOCATION",
@@ -374,19 +375,15 @@ def _write_data(
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a new file that takes the place of `path` once the block is through."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        # Never written in place: `path` may be a hard link to something of value.
-        partial.replace(path)
-    except OSError as error:
-        raise BundleError(
+
+    def failure(error: OSError) -> BundleError:
+        return BundleError(
             f"{path} could not be written: {error}. Expected a writable folder with enough "
             "free space. Free some, or choose another output folder."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+        )
+
+    with replaced_when_complete(path, failure) as partial, partial.open("wb") as file:
+        yield file
 
 
 def _progress_bar(path: Path, total: int, enabled: bool) -> tqdm:

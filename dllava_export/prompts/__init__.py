@@ -1,1 +1,1 @@
-"""TODO."""
+"""From text, token ids and pictures to the rows that a decoder is fed."""

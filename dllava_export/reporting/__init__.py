@@ -1,1 +1,1 @@
-"""TODO."""
+"""How things are told: tables, sizes, progress, what a command took, files written whole."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-__all__ = ["HEADING", "Row", "compare", "table_lines"]
+__all__ = ["HEADING", "Row", "compare"]
 
 Row = tuple[str, str, str, str]
 """Name, dense, sparse, share."""
@@ -23,15 +23,3 @@ def compare(name: str, dense: float, sparse: float, form: Callable[[float], str]
     """
     share = f"{sparse / dense:.1%}" if dense else "-"
     return name, form(dense), form(sparse), share
-
-
-def table_lines(rows: Sequence[Row]) -> list[str]:
-    """Return lines of equal width: names to the left, values to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADING))]
-    return [
-        "  ".join(
-            [f"{row[0]:<{widths[0]}}"]
-            + [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    ]

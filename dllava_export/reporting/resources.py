@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dllava_export.reporting.byte_sizes import format_bytes
+from dllava_export.reporting.tables import aligned_lines
 
 __all__ = ["ResourceMeter", "ResourceUsage", "StageUsage", "measure_resources", "stage"]
 
@@ -105,12 +106,7 @@ class ResourceUsage:
                 _size(self.bytes_written),
             ),
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            f"{row[0]:<{widths[0]}}"
-            + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
-            for row in rows
-        )
+        return "\n".join(aligned_lines(rows))
 
 
 class ResourceMeter:

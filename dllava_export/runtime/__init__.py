@@ -1,1 +1,1 @@
-"""TODO."""
+"""Answer prompts: slots over a backend's caches, sessions, generation, conversations."""

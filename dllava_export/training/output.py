@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from dllava_export.families.llama_decoder import LLAMA_KEYS
 from dllava_export.families.llava import LlavaSpec, original_renames
 from dllava_export.geometry import PredictorConfig
 from dllava_export.precision import NUMBER_FORMATS
+from dllava_export.reporting.output_files import write_text
 from dllava_export.training.model import PREDICTORS, TrainingModel, canonical_name
 from dllava_export.training.settings import TrainingSettings
 
@@ -68,9 +67,13 @@ def write_checkpoint(
     generation = checkpoint.path / "generation_config.json"
     for path in (*checkpoint.tokenizer_files, *([generation] if generation.is_file() else [])):
         shutil.copyfile(path, out / path.name)
-    _write_json(out / "preprocessor_config.json", checkpoint.preprocessor)
+    write_text(
+        out / "preprocessor_config.json", json.dumps(checkpoint.preprocessor, indent=2) + "\n"
+    )
     config = checkpoint_config(checkpoint, predictors, settings)
-    _write_json(out / CONFIG, {**config, "torch_dtype": stored.dtype_name})
+    write_text(
+        out / CONFIG, json.dumps({**config, "torch_dtype": stored.dtype_name}, indent=2) + "\n"
+    )
     return (out / WEIGHTS).stat().st_size
 
 
@@ -153,9 +156,3 @@ def _trained_sources(model: TrainingModel) -> dict[str, TensorSource]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.requires_grad
     }
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

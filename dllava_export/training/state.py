@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dllava_export.checkpoints.checkpoint import Checkpoint
+from dllava_export.reporting.output_files import replaced_when_complete
 from dllava_export.training.settings import TrainingError
 
 __all__ = ["STATE_FILE", "checkpoint_digest", "load_state", "save_state"]
@@ -26,15 +27,15 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         TrainingError: If it cannot be written.
     """
     path = folder / STATE_FILE
-    partial = path.with_name(f"{STATE_FILE}.partial")
     try:
-        with partial.open("wb") as file:
+        with (
+            replaced_when_complete(path, lambda error: error) as partial,
+            partial.open("wb") as file,
+        ):
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise TrainingError(
             f"{path} could not be written: {error}. The state before it is still there. Free "
             "some space and go on with --resume."

@@ -24,10 +24,11 @@ import numpy as np
 
 from dllava_export import names
 from dllava_export.bundles import layout
-from dllava_export.bundles.manifest import new_bundle, read_manifest
+from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError
 from dllava_export.precision import BF16
 from dllava_export.reporting.byte_sizes import format_bytes
+from dllava_export.reporting.output_files import new_folder
 from dllava_export.runtime.session import Session
 from dllava_export.validation.conversation import Conversation, conversation_for
 from dllava_export.validation.graph_backend import GraphBackend, bundle_graphs
@@ -150,7 +151,7 @@ def save_graph_inputs(
             "The bundle is in bf16, which neither polygraphy's files nor ONNX Runtime on the "
             "CPU have. Export it with --precision fp16 or fp32 to look at it in polygraphy."
         )
-    with new_bundle(folder) as partial:
+    with new_folder(folder) as partial:
         conversation = conversation_for(bundle, manifest, settings, image=image, prompt=prompt)
         files = [
             _written(partial, folder, name, graph, use, feed)

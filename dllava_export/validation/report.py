@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from dllava_export.reporting.tables import aligned_lines
 from dllava_export.sparsity import Sparsity
 from dllava_export.validation import outputs as out
 from dllava_export.validation.checks import DRIFT, MISMATCH, Check
@@ -225,15 +225,9 @@ def _numbers_in_words(check: Check) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, *rows]
-    widths = [max(len(row[i]) for row in lines) for i in range(len(columns))]
-    is_used = [any(row[i] for row in rows) for i in range(len(columns))]
-    text = [
-        "  ".join(
-            cell.ljust(width)
-            for cell, width, used in zip(row, widths, is_used, strict=True)
-            if used
-        ).rstrip()
-        for row in lines
+    is_used = [any(column) for column in zip(*rows, strict=True)]
+    shown = [
+        [cell for cell, used in zip(row, is_used, strict=True) if used]
+        for row in (columns, *rows)
     ]
-    return "\n".join(itertools.chain(text))
+    return "\n".join(aligned_lines(shown, num_left=len(columns)))

@@ -1,1 +1,1 @@
-"""TODO."""
+"""ONNX Runtime on the CPU and CUDA: lowered graphs, caches bound in place."""

@@ -222,15 +222,11 @@ def lowered_model(source: Path | onnx.ModelProto, *, provider: str = "cpu") -> o
     """
     import onnx
 
-    from dllava_export.passes.base import run_passes
-    from dllava_export.passes.graph_io import graph_from_model, model_from_graph
-    from dllava_export.pipeline import lowering_passes
+    from dllava_export.pipeline import lowering_passes, transformed
 
     if isinstance(source, Path):
         source = onnx.load(source, load_external_data=False)
-    graph = graph_from_model(source)
-    run_passes(graph, lowering_passes(provider))
-    return model_from_graph(graph)
+    return transformed(source, lowering_passes(provider))[0]
 
 
 def open_session(

@@ -1,1 +1,1 @@
-"""TODO."""
+"""TensorRT and TensorRT-RTX: engines loaded, caches on the GPU, decode in a CUDA graph."""

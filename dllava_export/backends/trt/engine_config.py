@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from dllava_export import names
 from dllava_export.bundles.layout import MANIFEST
 from dllava_export.errors import BackendError, BundleError
+from dllava_export.reporting.output_files import write_text
 
 __all__ = [
     "CONFIG_FILE",
@@ -168,9 +168,7 @@ def write_engine_config(folder: Path, config: EngineConfig) -> None:
     """Write the configuration into the engines' folder, whole or not at all."""
     document = {"schema_version": ENGINE_SCHEMA_VERSION, **dataclasses.asdict(config)}
     target = folder / CONFIG_FILE
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    write_text(target, json.dumps(document, indent=2) + "\n")
 
 
 def read_engine_config(bundle_folder: Path, backend: str) -> EngineConfig:

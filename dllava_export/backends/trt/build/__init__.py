@@ -1,1 +1,1 @@
-"""TODO."""
+"""Build TensorRT engines of a bundle's graphs."""

@@ -12,10 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,13 +48,19 @@ from dllava_export.backends.trt.engine_config import (
 from dllava_export.backends.trt.trt_module import TENSORRT, trt_logger, trt_module
 from dllava_export.bundles.files import tool_versions
 from dllava_export.bundles.manifest import read_manifest
-from dllava_export.errors import BackendError, BundleError, EngineBuildError
+from dllava_export.errors import BackendError, EngineBuildError
 from dllava_export.reporting.byte_sizes import format_bytes
+from dllava_export.reporting.output_files import replaced_folder
 from dllava_export.reporting.resources import stage
 
 __all__ = ["build_engines"]
 
 logger = logging.getLogger(__name__)
+
+_ADVICE = (
+    f"Engines lie in the bundle's folder {ENGINES_FOLDER}: use a copy of the bundle that you may "
+    "write."
+)
 
 _WRITE_BYTES = 16 << 20
 _ALIASING_OP = "KVCacheAttention"  # its plugin writes to its inputs, the caches
@@ -88,7 +91,7 @@ def build_engines(
     target = engine_folder(folder, options.backend)
     with contextlib.ExitStack() as stack:
         build = _Build(trt, folder, plan, options, progress)
-        partial = stack.enter_context(_replaced_folder(target))
+        partial = stack.enter_context(replaced_folder(target, _ADVICE))
         build.run(partial)
         config = build.config()
         write_engine_config(partial, config)
@@ -260,37 +263,3 @@ def _write_engine(
             digest.update(piece)
             file.write(piece)
     return EngineFile(path.name, digest.hexdigest(), len(data), profiles)
-
-
-@contextlib.contextmanager
-def _replaced_folder(target: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of `target` if the block ends well.
-
-    Raises:
-        BundleError: If it cannot be written.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise BundleError(
-            f"{target.parent} cannot be written ({error.strerror}). Engines lie in the bundle's "
-            f"folder {ENGINES_FOLDER}: use a copy of the bundle that you may write."
-        ) from error
-    old = partial.with_name(partial.name.replace("partial", "old"))
-    try:
-        partial.chmod(0o755)  # mkdtemp makes it private
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    except OSError as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise BundleError(
-            f"Writing {target} failed: {error.strerror or error}. Free some space; what was "
-            "there before is still there."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -10,6 +10,7 @@ from dllava_export.backends.trt.build.build_options import BuildOptions
 from dllava_export.backends.trt.engine_config import engine_folder
 from dllava_export.backends.trt.trt_module import TENSORRT_RTX, target_compute_capabilities
 from dllava_export.errors import BackendError
+from dllava_export.reporting.output_files import replaced_when_complete
 
 __all__ = ["TIMING_CACHE_FILE", "BuilderSettings"]
 
@@ -90,9 +91,8 @@ class BuilderSettings:
         (folder / TIMING_CACHE_FILE).write_bytes(self._timing_cache)
         target = self._options.timing_cache_file
         if target is not None:
-            partial = target.with_name(f"{target.name}.partial")
-            partial.write_bytes(self._timing_cache)
-            partial.replace(target)
+            with replaced_when_complete(target) as partial:
+                partial.write_bytes(self._timing_cache)
 
     def _load_plugins(self) -> None:
         for path in self._options.plugin_paths:

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dllava_export import names
 from dllava_export.backends.trt.build.node_places import NodePlaces
 from dllava_export.errors import EngineBuildError
-from dllava_export.passes.base import run_passes
-from dllava_export.passes.graph_io import graph_from_model, model_from_graph
-from dllava_export.pipeline import tensorrt_passes
+from dllava_export.pipeline import tensorrt_passes, transformed
 
 if TYPE_CHECKING:
     import onnx
@@ -40,9 +38,7 @@ def lowered_model(
         plugin_ops: Custom ops that a registered plugin computes. Their bodies are left out:
             where a body is there, the parser may prefer it.
     """
-    graph = graph_from_model(model)
-    run_passes(graph, tensorrt_passes(capacities, plugin_ops))
-    lowered = model_from_graph(graph)
+    lowered, _ = transformed(model, tensorrt_passes(capacities, plugin_ops))
     bodies = [body for body in lowered.functions if body.name not in plugin_ops]
     del lowered.functions[:]
     lowered.functions.extend(bodies)
