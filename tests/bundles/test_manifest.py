@@ -13,7 +13,6 @@ from dllava_export.bundles.layout import MANIFEST
 from dllava_export.bundles.manifest import (
     SCHEMA_VERSION,
     Manifest,
-    new_bundle,
     read_manifest,
     write_manifest,
 )
@@ -232,90 +231,3 @@ def test_large_files_are_compared_at_samples_only(large_files, folder, offset, i
         return
     with pytest.raises(BundleError, match=r"model\.onnx\.data was changed"):
         read_manifest(folder)
-
-
-# A new bundle.
-
-
-def test_becomes_whole_at_the_end(tmp_path):
-    with new_bundle(tmp_path / "out") as folder:
-        (folder / "file").write_text("text")
-        assert not (tmp_path / "out").exists()
-        assert folder.parent == tmp_path
-    assert names_in(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "file").read_text() == "text"
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
-
-
-def test_fills_an_empty_folder(tmp_path):
-    (tmp_path / "out").mkdir()
-    with new_bundle(tmp_path / "out") as folder:
-        (folder / "file").write_text("text")
-    assert names_in(tmp_path / "out") == ["file"]
-
-
-def test_makes_the_folders_above(tmp_path):
-    with new_bundle(tmp_path / "a" / "b"):
-        pass
-    assert (tmp_path / "a" / "b").is_dir()
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_vanishes_when_something_fails(tmp_path, error):
-    with pytest.raises(error), new_bundle(tmp_path / "out") as folder:
-        (folder / "file").write_text("text")
-        raise error
-    assert names_in(tmp_path) == []
-
-
-def test_reports_a_full_disk(tmp_path):
-    message = r"out failed: No space left on device\. Free some space .* nothing was left"
-    with pytest.raises(BundleError, match=message), new_bundle(tmp_path / "out") as folder:
-        (folder / "file").write_text("half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert names_in(tmp_path) == []
-
-
-def test_refuses_a_folder_with_files_in_it(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    message = r"is a folder with files in it; expected a new or empty folder\. Choose another"
-    with pytest.raises(BundleError, match=message), new_bundle(tmp_path):
-        pass
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_refuses_a_file(tmp_path):
-    (tmp_path / "out").write_text("mine")
-    message = r"out is a file; expected a new"
-    with pytest.raises(BundleError, match=message), new_bundle(tmp_path / "out"):
-        pass
-
-
-def test_refuses_a_place_below_a_file(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    message = r"file cannot be written \(.*\)\. Choose a folder you may write\."
-    with pytest.raises(BundleError, match=message), new_bundle(tmp_path / "file" / "out"):
-        pass
-
-
-def test_refuses_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    def refuse(**_: object) -> str:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(bundle.tempfile, "mkdtemp", refuse)
-    message = r"cannot be written \(Permission denied\)\. Choose a folder you may write\."
-    with pytest.raises(BundleError, match=message), new_bundle(tmp_path / "out"):
-        pass
-
-
-def test_a_folder_that_was_filled_meanwhile_stays(tmp_path):
-    out = tmp_path / "out"
-    with (
-        pytest.raises(BundleError, match=r"out failed: .*not empty"),
-        new_bundle(out) as folder,
-    ):
-        (folder / "ours").write_text("ours")
-        out.mkdir()
-        (out / "theirs").write_text("theirs")
-    assert names_in(tmp_path) == ["out"]
-    assert names_in(out) == ["theirs"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dllava_export.reporting.comparison_table import HEADING, compare, table_lines
+from dllava_export.reporting.comparison_table import HEADING, compare
+from dllava_export.reporting.tables import aligned_lines
 
 
 def test_row_has_the_share_of_sparse():
@@ -12,7 +13,7 @@ def test_row_has_no_share_of_nothing():
 
 
 def test_lines_are_aligned():
-    assert table_lines([HEADING, ("rows", "640", "179", "28.0%")]) == [
+    assert aligned_lines([HEADING, ("rows", "640", "179", "28.0%")]) == [
         "      dense  sparse  share",
         "rows    640     179  28.0%",
     ]

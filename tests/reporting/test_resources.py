@@ -46,7 +46,7 @@ def measured_alone(code: str) -> dict:
     """Run code in a process of its own; return what it prints."""
     text = (
         "import json\n"
-        "from dllava_export.resources import measure_resources, stage\n"
+        "from dllava_export.reporting.resources import measure_resources, stage\n"
         "with measure_resources() as meter:\n"
         f"{code}\n"
         "    print(json.dumps(meter.usage().to_json()))\n"
@@ -80,7 +80,7 @@ def test_peak_is_that_of_the_process_not_of_its_parent():
 def test_children_of_the_shell_before_do_not_count():
     earlier = f"import subprocess, sys; block = bytearray({400 * MIB})"
     own = (
-        "from dllava_export.resources import measure_resources\n"
+        "from dllava_export.reporting.resources import measure_resources\n"
         "with measure_resources() as meter: pass\n"
         "print(meter.usage().peak_rss_bytes)"
     )
