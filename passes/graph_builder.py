@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from dllava_export import names
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
 
 __all__ = [
     "GraphBuilder",

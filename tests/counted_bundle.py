@@ -12,6 +12,7 @@ from dllava_export import names
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import Manifest, write_manifest
 from dllava_export.geometry import Geometry
+from dllava_export.precision import Precision
 from dllava_export.sparsity import Sparsity
 
 F16, INT64 = TensorProto.FLOAT16, TensorProto.INT64
@@ -108,8 +109,9 @@ def make_counted_bundle(folder: Path, **changes: object) -> Manifest:
     onnx.save(helper.make_model(predictors), llm / layout.PREDICTORS)
     onnx.save(visual(), tower / layout.VISUAL)
     values = {
+        "family": "llava",
         "layout": "dynamic-llava",
-        "precision": "fp16",
+        "precision": Precision.of("fp16"),
         "geometry": GEOMETRY,
         "max_position_embeddings": 4096,
         "sparsity": SPARSITY,

@@ -6,38 +6,18 @@ import sys
 import types
 
 import pytest
+from distributions import installed
 
 from dllava_export.backends import doctor
+from dllava_export.backends.gpus import Gpu
+from dllava_export.backends.registry import BACKENDS
+from dllava_export.backends.trt import factory
 from dllava_export.errors import BackendError
 
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda _name: None)
-    monkeypatch.setattr(doctor, "_gpus_from_torch", lambda _version: ())
-
-
-def nvidia_smi(tmp_path, monkeypatch, script):
-    """Stand in a shell script for nvidia-smi."""
-    if sys.platform == "win32":
-        pytest.skip("needs a shell")
-    path = tmp_path / "nvidia-smi"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(doctor, "_gpus_from_torch", lambda _version: ())
-
-
-def installed(monkeypatch, **versions):
-    """Let exactly the distributions in `versions` be installed."""
-
-    def version(name):
-        try:
-            return versions[name.replace("-", "_")]
-        except KeyError:
-            raise doctor.importlib.metadata.PackageNotFoundError(name) from None
-
-    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    monkeypatch.setattr(doctor, "find_gpus", lambda: ())
 
 
 def backends(report):
@@ -67,7 +47,7 @@ def stand_in(monkeypatch, backend, outcome):
             return outcome
         raise outcome if name == backend else BackendError("not this one")
 
-    monkeypatch.setattr(doctor, "trt_module", trt_module)
+    monkeypatch.setattr(factory, "trt_module", trt_module)
 
 
 RTX = types.SimpleNamespace(
@@ -76,7 +56,7 @@ RTX = types.SimpleNamespace(
 
 
 def gpu(compute_capability):
-    return (doctor.Gpu("GPU", 1024, None, compute_capability),)
+    return (Gpu("GPU", 1024, None, compute_capability),)
 
 
 def test_tensorrt_rtx_here(no_gpu):
@@ -102,7 +82,7 @@ def test_tensorrt_rtx_here(no_gpu):
 )
 def test_tensorrt_rtx_by_gpu(monkeypatch, gpus, can_run, summary):
     stand_in(monkeypatch, "tensorrt-rtx", RTX)
-    status = doctor._tensorrt_rtx_status("1.7", gpus)
+    status = BACKENDS.get("tensorrt-rtx").status(gpus)
     assert (status.can_build, status.can_run, status.summary) == (True, can_run, summary)
 
 
@@ -115,7 +95,7 @@ def test_tensorrt_rtx_by_gpu(monkeypatch, gpus, can_run, summary):
 )
 def test_tensorrt_by_gpu(monkeypatch, gpus, usable, summary):
     stand_in(monkeypatch, "tensorrt", types.SimpleNamespace())
-    status = doctor._tensorrt_status("11.0", gpus)
+    status = BACKENDS.get("tensorrt").status(gpus)
     assert (status.can_build, status.can_run) == (usable, usable)
     assert status.summary.startswith(summary)
 
@@ -171,49 +151,20 @@ def test_onnxruntime_that_cannot_be_imported(no_gpu, monkeypatch):
 def test_onnxruntime_with_and_without_cuda(monkeypatch, providers, has_gpu, summary):
     module = types.SimpleNamespace(get_available_providers=lambda: providers)
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
-    assert doctor._onnxruntime_status("1.2", has_gpu).summary.endswith(summary)
+    status = BACKENDS.get("onnxruntime").status(gpu("8.9") if has_gpu else ())
+    assert status.summary.endswith(summary)
 
 
-def test_gpus_of_nvidia_smi(tmp_path, monkeypatch):
-    first, second = (
-        "NVIDIA H100 80GB HBM3, 81559, 580.1, 9.0",
-        "NVIDIA A, B, [N/A], 580.1, 12.1",
-    )
-    nvidia_smi(tmp_path, monkeypatch, f"echo '{first}'; echo '{second}'")
+def test_tells_the_gpus(monkeypatch):
+    found = (Gpu("NVIDIA H100 80GB HBM3", 81559, "580.1", "9.0"), Gpu("RTX", 0, None, "8.9"))
+    monkeypatch.setattr(doctor, "find_gpus", lambda: found)
     report = doctor.collect()
-    assert report.gpus == (
-        doctor.Gpu("NVIDIA H100 80GB HBM3", 81559, "580.1", "9.0"),
-        doctor.Gpu("NVIDIA A, B", 0, "580.1", "12.1"),
-    )
-    line = "NVIDIA H100 80GB HBM3, 81,559 MiB, compute capability 9.0, driver 580.1"
-    assert line in report.to_text()
-
-
-@pytest.mark.parametrize("script", ["exit 9", "echo no devices were found"])
-def test_nvidia_smi_that_finds_nothing(tmp_path, monkeypatch, script):
-    nvidia_smi(tmp_path, monkeypatch, script)
-    assert doctor.collect().gpus == ()
-
-
-def fake_torch(**properties):
-    found = types.SimpleNamespace(**properties)
-    cuda = types.SimpleNamespace(
-        device_count=lambda: 1, get_device_properties=lambda _index: found
-    )
-    return types.SimpleNamespace(cuda=cuda)
-
-
-def test_gpus_of_torch(monkeypatch):
-    module = fake_torch(name="RTX", total_memory=24 * 2**30, major=8, minor=9)
-    monkeypatch.setitem(sys.modules, "torch", module)
-    assert doctor._gpus_from_torch("2.9") == (doctor.Gpu("RTX", 24576, None, "8.9"),)
-    assert doctor._gpus_from_torch("2.9+cpu") == ()
-    assert doctor._gpus_from_torch(None) == ()
-
-
-def test_torch_that_cannot_be_imported(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert doctor._gpus_from_torch("2.9") == ()
+    assert report.gpus == found
+    for line in (
+        "NVIDIA H100 80GB HBM3, 81,559 MiB, compute capability 9.0, driver 580.1",
+        "RTX, 0 MiB, compute capability 8.9",
+    ):
+        assert f"  {line}" in report.to_text().splitlines()
 
 
 def test_text(no_gpu):

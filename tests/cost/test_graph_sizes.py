@@ -15,7 +15,13 @@ ROWS = Rows(prompt=20, kept=16, image=NUM_IMAGE)
 
 def sizes(folder, manifest, rows=ROWS) -> GraphSizes:
     plan = plan_kv_cache(
-        manifest.geometry, SPARSITY, batch=3, num_prompt=20, num_kept=16, num_new=400
+        manifest.geometry,
+        SPARSITY,
+        manifest.precision,
+        batch=3,
+        num_prompt=20,
+        num_kept=16,
+        num_new=400,
     )
     return graph_sizes(read_graphs(folder, manifest), plan, rows)
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dllava_export.backends.cache_groups import CacheGroup
 from dllava_export.cost.formulas import (
     KVGroup,
     exact_flops,
@@ -17,8 +18,10 @@ from dllava_export.cost.inspection import inspect_geometry
 from dllava_export.cost.inspection_plot import plot_report
 from dllava_export.errors import InvalidInputError
 from dllava_export.geometry import Geometry, PredictorGeometry
+from dllava_export.precision import Precision
 from dllava_export.sparsity import DENSE, Sparsity
 
+FP32, FP16 = Precision.of("fp32"), Precision.of("fp16")
 LLAVA_7B = Geometry(
     num_layers=32,
     hidden_size=4096,
@@ -137,22 +140,21 @@ def test_one_token_needs_no_decode_step():
 
 
 def test_kv_cache_of_both_groups():
-    full, sparse = kv_bytes(LLAVA_7B, Sparsity(), prompt_text_len=64, output_len=255)
+    full, sparse = kv_bytes(LLAVA_7B, Sparsity(), FP16, prompt_text_len=64, output_len=255)
     row = 2 * 32 * 128 * 2
-    assert full == KVGroup("full", 2, 895, 2 * 895 * row)
-    assert sparse == KVGroup("sparse", 30, 179 + 128, 30 * 307 * row)
+    assert full == KVGroup(CacheGroup("full", 0, 2), 895, 2 * 895 * row)
+    assert sparse == KVGroup(CacheGroup("sparse", 2, 30), 179 + 128, 30 * 307 * row)
 
 
 def test_kv_cache_stores_all_generated_tokens_without_a_keep_bit():
     sparsity = Sparsity(output_text_keep_rate=1.0)
-    full, sparse = kv_bytes(LLAVA_7B, sparsity, prompt_text_len=64, output_len=255)
+    full, sparse = kv_bytes(LLAVA_7B, sparsity, FP16, prompt_text_len=64, output_len=255)
     assert (full.rows, sparse.rows) == (895, 179 + 255)
 
 
 def test_kv_cache_counts_kv_heads_only():
-    full, sparse = kv_bytes(TINY, DENSE, prompt_text_len=5, output_len=6)
-    assert full == KVGroup("full", 3, 20, 3 * 20 * 2 * 2 * 6 * 4)
-    assert sparse == KVGroup("sparse", 0, 0, 0)
+    (full,) = kv_bytes(TINY, DENSE, FP32, prompt_text_len=5, output_len=6)
+    assert full == KVGroup(CacheGroup("full", 0, 3), 20, 3 * 20 * 2 * 2 * 6 * 4)
 
 
 PASSES = [
@@ -162,7 +164,7 @@ PASSES = [
 
 
 def test_report_as_text():
-    text = inspect_geometry(LLAVA_7B, Sparsity(), passes=PASSES).to_text()
+    text = inspect_geometry(LLAVA_7B, Sparsity(), FP16, passes=PASSES).to_text()
     lines = text.splitlines()
     assert lines[1].startswith("Sparsity  policy predictor; from layer 2 on 115 of 576 image")
     words = [" ".join(line.split()) for line in lines]
@@ -175,7 +177,7 @@ def test_report_as_text():
 
 
 def test_report_of_a_dense_decoder_as_text():
-    text = inspect_geometry(TINY, DENSE, output_len=1).to_text()
+    text = inspect_geometry(TINY, DENSE, FP32, output_len=1).to_text()
     assert "Sparsity  none: a dense decoder" in text
     assert "layers 0 to 2" in text
     assert "Passes" not in text
@@ -183,13 +185,15 @@ def test_report_of_a_dense_decoder_as_text():
 
 
 def test_report_as_json():
-    report = inspect_geometry(LLAVA_7B, Sparsity(), passes=PASSES)
+    report = inspect_geometry(LLAVA_7B, Sparsity(), FP16, passes=PASSES)
     content = json.loads(json.dumps(report.to_json()))
     assert content["num_kept_image_tokens"] == 115
     assert content["sparse"]["rows_per_layer"] == report.rows[1]
     assert content["dense"]["flops"]["prefill"] == report.flops[0].prefill
     assert content["sparse"]["kv_cache"]["bytes"] == sum(g.bytes for g in report.kv[1])
     assert content["geometry"]["predictor"]["d_model"] == 512
+    assert content["precision"] == dict.fromkeys(("weights", "activations", "cache"), "fp16")
+    assert content["sparse"]["kv_cache"]["groups"][1]["num_layers"] == 30
     assert content["passes"] == PASSES
 
 
@@ -197,7 +201,7 @@ def test_report_as_json():
     ("name", "magic"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml"), ("a.pdf", b"%PDF")]
 )
 def test_plot(tmp_path, name, magic):
-    plot_report(inspect_geometry(TINY, Sparsity()), tmp_path / name)
+    plot_report(inspect_geometry(TINY, Sparsity(), FP32), tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(magic)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -212,20 +216,20 @@ def test_plot_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"old")
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(InvalidInputError, match=r"a\.png cannot be written \(disk full\)"):
-        plot_report(inspect_geometry(TINY, Sparsity()), tmp_path / "a.png")
+        plot_report(inspect_geometry(TINY, Sparsity(), FP32), tmp_path / "a.png")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 def test_plot_needs_no_pyplot(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    plot_report(inspect_geometry(TINY, DENSE), tmp_path / "a.png")
+    plot_report(inspect_geometry(TINY, DENSE, FP32), tmp_path / "a.png")
     assert "matplotlib.pyplot" not in sys.modules
 
 
 def test_plot_of_another_format(tmp_path):
     message = r"a\.txt has suffix '\.txt', expected one of \.png, \.svg, \.pdf\. Change"
     with pytest.raises(ValueError, match=message):
-        plot_report(inspect_geometry(TINY, DENSE), tmp_path / "a.txt")
+        plot_report(inspect_geometry(TINY, DENSE, FP32), tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize(
@@ -244,4 +248,4 @@ def test_plot_of_another_format(tmp_path):
 )  # fmt: skip
 def test_settings_that_do_not_fit(geometry, sparsity, output_len, message):
     with pytest.raises(ValueError, match=message):
-        inspect_geometry(geometry, sparsity, output_len=output_len)
+        inspect_geometry(geometry, sparsity, FP32, output_len=output_len)

@@ -7,6 +7,7 @@ from counted_bundle import GEOMETRY, HIDDEN, NUM_IMAGE, VOCAB, WIDE, make_counte
 
 from dllava_export.cost.planning import ASSUMPTIONS, RUNTIME_BYTES, PlanRequest, plan_memory
 from dllava_export.errors import BundleError
+from dllava_export.precision import Precision
 from dllava_export.sparsity import DENSE
 
 # One sample of 20 prompt rows and 400 new tokens, counted by hand. A cache row of one layer is
@@ -39,14 +40,11 @@ def plan(folder, gpu_memory=GIB, max_input_len=20, max_new_tokens=400, **setting
 def test_counts_both_forms(folder):
     found = plan(folder, batch_size=3)
     sparse, dense = found.sparse, found.dense
-    assert (sparse.kv_plan.capacities["full"], sparse.kv_plan.capacities["sparse"]) == (
-        FULL_ROWS,
-        SPARSE_ROWS,
-    )
+    assert sparse.kv_plan.capacities == {"full": FULL_ROWS, "sparse": SPARSE_ROWS}
     assert sparse.weights == WEIGHTS + PREDICTOR
     assert sparse.per_sample == SPARSE_SAMPLE
     assert sparse.total == SPARSE_FIXED + 3 * SPARSE_SAMPLE
-    assert dense.kv_plan.capacities["full"] == FULL_ROWS
+    assert dense.kv_plan.capacities == {"full": FULL_ROWS}
     assert dense.total == WEIGHTS + RUNTIME_BYTES + 3 * DENSE_SAMPLE
     assert found.embedding == VOCAB * HIDDEN * 2
     assert found.stored_scores == GEOMETRY.num_heads * 20 * 420 * 2
@@ -66,12 +64,8 @@ def test_a_dense_form_may_not_fit_at_all(folder):
 
 
 def test_a_prompt_without_an_image_keeps_all_rows(folder):
-    found = plan(folder, num_image_tokens=0, max_new_tokens=10)
-    assert (
-        found.sparse.kv_plan.capacities["sparse"]
-        == found.sparse.kv_plan.capacities["full"]
-        == 31
-    )
+    found = plan(folder, image_tokens=0, max_new_tokens=10)
+    assert found.sparse.kv_plan.capacities == {"full": 31, "sparse": 31}
 
 
 def test_a_dense_bundle_equals_its_dense_form(tmp_path):
@@ -108,7 +102,7 @@ def test_text_says_that_a_batch_does_not_fit(folder):
 
 def test_json(folder):
     report = json.loads(json.dumps(plan(folder, batch_size=3).to_json()))
-    assert report["request"]["num_image_tokens"] == NUM_IMAGE
+    assert report["request"]["image_tokens"] == NUM_IMAGE
     groups = [("full", 0, 1, FULL_ROWS), ("sparse", 1, 1, SPARSE_ROWS)]
     assert report["sparse"]["cache_groups"] == [
         {"name": name, "first_layer": first, "num_layers": count, "capacity": rows}
@@ -150,7 +144,7 @@ def test_requests_that_do_not_fit(folder, settings, message):
 
 
 def test_advises_a_smaller_type(tmp_path):
-    make_counted_bundle(tmp_path, precision="fp32")
+    make_counted_bundle(tmp_path, precision=Precision.of("fp32"))
     with pytest.raises(ValueError, match="or export with --precision fp16"):
         plan(tmp_path, gpu_memory=1000)
 
@@ -162,7 +156,7 @@ def test_advises_a_smaller_type(tmp_path):
         ({"max_input_len": 0}, "max_input_len must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
-        ({"num_image_tokens": -1}, "num_image_tokens must be at least 0, got -1"),
+        ({"image_tokens": -1}, "image_tokens must be at least 0, got -1"),
     ],
 )
 def test_settings_out_of_range(settings, message):

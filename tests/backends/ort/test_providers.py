@@ -59,6 +59,6 @@ def test_a_session_that_fell_back_to_the_cpu_is_an_error():
 
 
 def test_ops_without_a_cuda_kernel_are_logged(caplog):
-    caplog.set_level(logging.INFO, logger="dllava_export.ort_providers")
+    caplog.set_level(logging.INFO, logger="dllava_export.backends.ort.providers")
     log_nodes_on_cpu(open_on_cpu())
     assert "computed on the CPU: Add x 2" in caplog.text
