@@ -92,6 +92,16 @@ def test_both_modes_agree_where_nothing_is_dropped(bundles):
     assert answers[0].token_ids == answers[1].token_ids
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("picture", [None, image()], ids=["text", "image"])
+def test_one_prompt_gives_one_answer(bundles, picture, mode):
+    session = bundles.session("mha")
+    settings = {"max_new_tokens": 6, "mode": mode}
+    alone = session.generate(QUESTIONS[0], image=picture, **settings)
+    [in_a_list] = session.generate([QUESTIONS[0]], [picture], **settings)
+    assert counts(alone) == counts(in_a_list)
+
+
 # Batches.
 
 
@@ -139,8 +149,8 @@ def test_streamed_text_joins_to_the_answer(bundles):
     session = bundles.session("mha")
     seen = []
     answers = session.generate(
-        [image(), None],
         QUESTIONS[:2],
+        [image(), None],
         max_new_tokens=10,
         on_token=lambda sample, token, text: seen.append((sample, token, text)),
     )
@@ -252,7 +262,7 @@ def test_samples_of_a_batch_fill_up_at_their_own_pace(bundles, mode):
 def test_counts_prompt_and_image_tokens(bundles, mode):
     session = endless(bundles)
     with_image, text = session.generate(
-        [image(), None], input_ids=[IDS, TEXT_IDS], max_new_tokens=4, mode=mode
+        images=[image(), None], input_ids=[IDS, TEXT_IDS], max_new_tokens=4, mode=mode
     )
     assert with_image.num_prompt_tokens == 4 + 36
     assert (with_image.num_image_tokens, with_image.num_kept_image_tokens) == (36, 7)
@@ -277,7 +287,7 @@ def test_counts_what_stays_in_the_sparse_caches(bundles):
 def test_counts_what_the_last_recompute_pass_kept(bundles):
     session = endless(bundles)
     [answer] = session.generate(
-        [image()], input_ids=[IDS], max_new_tokens=25, mode="recompute"
+        images=[image()], input_ids=[IDS], max_new_tokens=25, mode="recompute"
     )
     pixels = session.image_processor([image()])
     outputs = np.array([answer.token_ids[:-1]])
@@ -339,7 +349,26 @@ def test_refuses_settings_out_of_range(bundles, settings, message):
         pytest.param(
             {"prompts": ["w5"], "input_ids": [TEXT_IDS]}, "Give either prompts", id="both"
         ),
-        pytest.param({"prompts": "w5"}, "prompts is one string, expected a list", id="string"),
+        pytest.param(
+            {"prompts": "w5", "images": [None]},
+            "One prompt was given with a list; its picture is `image`. Pass lists",
+            id="one prompt, several images",
+        ),
+        pytest.param(
+            {"prompts": "w5", "input_ids": [TEXT_IDS]},
+            "One prompt was given with a list",
+            id="one prompt and ids",
+        ),
+        pytest.param(
+            {"prompts": ["w5"], "image": image()},
+            "`image` is the picture of a single prompt; with a list of prompts pass `images`",
+            id="one image, several prompts",
+        ),
+        pytest.param(
+            {"input_ids": [IDS], "image": image()},
+            "`image` is the picture of a single prompt",
+            id="one image and ids",
+        ),
         pytest.param({"prompts": []}, "There is no prompt; expected at least one", id="empty"),
         pytest.param(
             {"prompts": ["w5", "w6"], "images": [None]},

@@ -9,8 +9,11 @@ import tolerances
 from golden import feed, load_case
 
 from dllava_export.backends.kv_plan import SPARE_ROWS
+from dllava_export.backends.ort.backend import OrtBackend
+from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError, BundleError, CapacityError, InvalidInputError
 from dllava_export.runtime.loading import check_image_choice, load
+from dllava_export.runtime.session import Session
 
 PROMPT = np.arange(3, 13)
 IMAGE_PROMPT = np.array([1, 5, -200, 9, 7])
@@ -25,6 +28,13 @@ def pixels(num_images=1, size=84, seed=0):
 
 def random_tokens(num_steps, batch=1, seed=2):
     return np.random.default_rng(seed).integers(3, 131, (num_steps, batch))
+
+
+def changed_session(bundles, backend=OrtBackend, max_length=512, **changes):
+    """A session of the test's own over `mha`, with changes to its manifest."""
+    folder = bundles.path("mha")
+    manifest = dataclasses.replace(read_manifest(folder, verify=False), **changes)
+    return Session(folder, manifest, backend(folder, manifest, num_threads=1), max_length)
 
 
 def assert_close(actual, expected, atol=tolerances.SAME_MODEL):
@@ -141,7 +151,9 @@ def test_a_full_sparse_cache_is_not_written(overflow):
     valid = session.kv_plan.capacities["sparse"] - 1
     before = [part[:, :, :valid].copy() for i in (2, 3) for part in session.cache(i)]
     full_before = [session.cache(i)[0][:, :, : len(PROMPT) + 199].copy() for i in (0, 1)]
-    session._full -= 5  # room for some more steps
+    lengths = session.cache_lengths
+    lengths[:2] -= 5
+    session.rewind(lengths)  # room for some more steps
     for token in random_tokens(5, seed=3):
         session.decode(token)
     after = [part[:, :, :valid] for i in (2, 3) for part in session.cache(i)]
@@ -299,15 +311,15 @@ def test_a_further_prompt_of_a_batch_makes_room_for_all(bundles):
     assert_close(extended.logits[1:], alone.logits)
 
 
-def test_more_cache_rows_than_asked_for_do_not_raise_max_length(bundles, monkeypatch):
-    session = bundles.fresh_session("mha", max_length=len(PROMPT) + 1)
-    allocate = session._backend.allocate
+class RoomyBackend(OrtBackend):
+    def allocate(self, plan):
+        super().allocate(plan.with_rows("full", plan.capacities["full"] - SPARE_ROWS + 10))
 
-    def allocate_more(plan):
-        allocate(plan.with_rows("full", plan.capacities["full"] - SPARE_ROWS + 10))
 
-    monkeypatch.setattr(session._backend, "allocate", allocate_more)
+def test_more_cache_rows_than_asked_for_do_not_raise_max_length(bundles):
+    session = changed_session(bundles, RoomyBackend, max_length=len(PROMPT) + 1)
     session.prefill([PROMPT])
+    assert session.kv_plan.capacities["full"] == len(PROMPT) + 1 + SPARE_ROWS + 10
     assert not session.is_full.any()
     session.decode([5])
     assert session.is_full.tolist() == [True]
@@ -332,9 +344,7 @@ def test_a_further_prompt_must_fit(bundles):
 
 
 def test_the_tokenizer_s_image_token_is_a_placeholder_too(bundles):
-    session = bundles.fresh_session("mha")
-    reader = session._reader
-    reader.manifest = dataclasses.replace(reader.manifest, image_token_id=130)
+    session = changed_session(bundles, image_token_id=130)
     expected = session.prefill([IMAGE_PROMPT], pixels())
     once = np.where(IMAGE_PROMPT == -200, 130, IMAGE_PROMPT)
     repeated = np.repeat(once, np.where(once == 130, 36, 1))
@@ -541,16 +551,13 @@ def test_says_so_without_a_tokenizer(bundles):
 
 
 def test_says_so_without_a_vision_tower(bundles):
-    session = bundles.fresh_session("mha")
-    reader = session._reader
-    reader.manifest = dataclasses.replace(reader.manifest, has_visual=False)
+    session = changed_session(bundles, has_visual=False)
     with pytest.raises(InvalidInputError, match="has no vision tower and takes no images"):
         session.prefill([IMAGE_PROMPT], pixels())
 
 
 def test_says_so_without_embeddings(bundles):
-    session = bundles.fresh_session("mha")
-    session._reader._embedding = None
+    session = changed_session(bundles, embedding=None)
     with pytest.raises(InvalidInputError, match="has no token embeddings, so it cannot take"):
         session.prefill([PROMPT])
 
@@ -566,7 +573,8 @@ def test_eos_token_ids_come_from_the_config_without_a_tokenizer(bundles):
 def test_load_refuses_an_unknown_backend(bundles):
     with pytest.raises(
         BackendError,
-        match=r"no backend 'cuda'; this version has onnxruntime, tensorrt, tensorrt-rtx\.",
+        match=r"^backend must be one of onnxruntime, tensorrt-rtx, tensorrt, got 'cuda'\. .*"
+        "`dllava-export doctor` tells what each one needs",
     ):
         load(bundles.path("mha"), "cuda")
 

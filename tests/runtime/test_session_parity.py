@@ -139,7 +139,7 @@ def empty_state(session, capacity):
 def test_portable_decoder_is_golden(bundles, name):
     case = load_case(name)
     session, run = open_portable(bundles, case, layout.DECODER)
-    embeds = bundles.session(case.checkpoint)._reader.lookup(case.tokens)
+    embeds = bundles.session(case.checkpoint).embed(case.tokens)
     state = empty_state(session, capacity=case.num_prompt + len(embeds) + 1)
     outputs = run(unlowered_feeds(case, case["inputs_embeds"], 0) | state)
     kept = outputs[names.KEPT_INDICES][0]
@@ -164,7 +164,7 @@ def test_portable_decoder_is_golden(bundles, name):
 def test_portable_recompute_is_golden(bundles, name, num_outputs):
     case = load_case(name)
     _, run = open_portable(bundles, case, layout.RECOMPUTE)
-    outputs = bundles.session(case.checkpoint)._reader.lookup(case.tokens[:num_outputs, 0])
+    outputs = bundles.session(case.checkpoint).embed(case.tokens[:num_outputs, 0])
     embeds = np.concatenate([case["inputs_embeds"], outputs[None]], axis=1)
     result = run(unlowered_feeds(case, embeds, 0))
     expected = case[f"nocache_logits_{num_outputs}"]
@@ -186,7 +186,7 @@ def test_a_second_round_equals_the_portable_decoder(bundles, name):
     position = case.num_prompt
     results = []
     for chunk in chunks:
-        feeds = unlowered_feeds(case, session._reader.lookup(chunk)[None], position)
+        feeds = unlowered_feeds(case, session.embed(chunk)[None], position)
         if len(chunk) > 1:
             feeds[names.TOKEN_KIND][:] = names.PROMPT_TEXT
         outputs = run(feeds | carried_over(outputs))

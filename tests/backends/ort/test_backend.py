@@ -19,6 +19,7 @@ from dllava_export.backends.ort.backend import OrtBackend, lowered_model, open_s
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError
+from dllava_export.precision import Precision
 from dllava_export.runtime.loading import load
 
 PLAN = KVPlan(
@@ -167,7 +168,8 @@ def test_refuses_bf16(opened, tmp_path):
     folder = tmp_path / "bundle"
     shutil.copytree(opened[0], folder)
     path = folder / "dllava_export.json"
-    manifest = json.loads(path.read_text()) | {"precision": "bf16"}
+    bf16 = Precision.of("bf16").to_json()
+    manifest = json.loads(path.read_text()) | {"precision": bf16}
     path.write_text(json.dumps(manifest))
     with pytest.raises(BackendError, match=r"is in bf16, .* Export with --precision fp16 or"):
         load(folder)

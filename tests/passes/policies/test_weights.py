@@ -32,8 +32,8 @@ def test_counts_blocks(blocks: int) -> None:
 def test_says_what_is_missing_and_what_to_do() -> None:
     message = (
         "The checkpoint has no output_text_predictor ('output_text_predictor.x' is missing), "
-        "which the policy needs. Use a trained Dynamic-LLaVA checkpoint, or one of the "
-        "policies that need no training: random, uniform, norm, none."
+        "which the policy needs. Use a trained Dynamic-LLaVA checkpoint, or a policy "
+        "that needs no training; `dllava-export export --help` lists them."
     )
     with pytest.raises(PreconditionError, match=f"^{re.escape(message)}$"):
         PredictorWeights({}).array("output_text_predictor.x")
