@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "StepInputs", "StepOutputs"]
 
+# Made once: a decode step reads them.
+_INPUTS = {group: names.write_index(group) for group in names.GROUPS}
+_OUTPUTS = {group: names.next_write_index(group) for group in names.GROUPS}
+
 
 @dataclasses.dataclass
 class StepInputs:
@@ -43,7 +47,7 @@ class StepInputs:
         """Return the values by the names of the decoder's inputs."""
         found = dict(vars(self))
         for group, index in found.pop("write_indices").items():
-            found[names.write_index(group)] = index
+            found[_INPUTS[group]] = index
         return found
 
 
@@ -68,10 +72,10 @@ class StepOutputs:
     @classmethod
     def from_tensors(cls, values: Mapping[str, np.ndarray]) -> StepOutputs:
         """Return the outputs of a decoder by their names; caches and others are left out."""
-        indices = ((group, names.next_write_index(group)) for group in names.GROUPS)
+        logits = values[names.LOGITS]
         return cls(
-            logits=values[names.LOGITS].astype("float32", copy=False),
-            next_write_indices={g: values[name] for g, name in indices if name in values},
+            logits=logits if logits.dtype == "float32" else logits.astype("float32"),
+            next_write_indices={g: values[n] for g, n in _OUTPUTS.items() if n in values},
             kept_indices=values.get(names.KEPT_INDICES),
             keep=values.get(names.KEEP),
             num_rows=values.get(names.NUM_ROWS),
@@ -81,7 +85,7 @@ class StepOutputs:
         """Return what there is by the names of the decoder's outputs."""
         found = {name: value for name, value in vars(self).items() if value is not None}
         for group, index in found.pop("next_write_indices").items():
-            found[names.next_write_index(group)] = index
+            found[_OUTPUTS[group]] = index
         return found
 
 

@@ -193,9 +193,9 @@ class Slots:
             fed = _all_slots(plan.batch) if self._all_are_busy else _fed_slots(self.is_busy)
         else:
             fed = _some_slots(active, plan.batch)
-        if max(self.num_rows.tolist()) >= self.room:
+        first, last = plan.groups[0].name, plan.groups[-1].name
+        if max(self.write_indices[first].tolist()) >= self.room:
             self._check_room(fed.is_active)
-        last = plan.groups[-1].name
         before = self.write_indices[last]
         outputs = self._backend.decode(
             StepInputs(
@@ -212,7 +212,7 @@ class Slots:
         self.positions = self.positions + fed.num_rows
         keep = self.write_indices[last] > before
         wanted = fed.is_active if outputs.keep is None else outputs.keep & fed.is_active
-        return SlotStep(outputs.logits, keep, wanted & ~keep)
+        return SlotStep(outputs.logits, keep, wanted > keep)  # forced: wanted and not kept
 
     def release(self, slot: int) -> None:
         """Let a slot go: it is idle until something is admitted to it."""
