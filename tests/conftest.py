@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import onnx
 import pytest
 import torch
@@ -84,32 +87,36 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     return Bundles(tmp_path_factory.mktemp("bundles"))
 
 
-@pytest.fixture(scope="session")
-def traced_graphs() -> dict[str, bytes]:
-    """Traced graphs by what they depend on."""
-    return {}
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Trace models of one shape once in a run: a trace takes seconds and never looks at weights.
 
-
-@pytest.fixture
-def traced_once(monkeypatch: pytest.MonkeyPatch, traced_graphs: dict[str, bytes]) -> None:
-    """Trace models of one shape once: a trace takes seconds and never looks at weights."""
+    Graphs are kept in files, so that several processes of one run (`-n 2`) share them.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "traced_graphs"
+    folder.mkdir(exist_ok=True)
 
     def remember(trace: Callable[..., onnx.ModelProto]) -> Callable[..., onnx.ModelProto]:
         def remembered(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
-            settings = [
-                checkpoint.spec.text_config.to_dict(),
-                checkpoint.spec.vision_config.to_dict(),
-            ]
-            settings += [checkpoint.spec.projector, checkpoint.spec.feature_layer]
+            spec = checkpoint.spec
+            settings = [spec.text_config.to_dict(), spec.vision_config.to_dict()]
+            settings += [spec.projector, spec.feature_layer]
             key = f"{trace.__name__} {dtype} {settings}"
-            if key not in traced_graphs:
-                traced_graphs[key] = trace(checkpoint, dtype).SerializeToString()
-            return onnx.load_from_string(traced_graphs[key])
+            path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
+            with filelock.FileLock(f"{path}.lock"):
+                if not path.exists():
+                    path.write_bytes(trace(checkpoint, dtype).SerializeToString())
+            return onnx.load(path, load_external_data=False)
 
         return remembered
 
-    for name in ("trace_decoder", "trace_visual"):
-        monkeypatch.setattr(tracing, name, remember(getattr(tracing, name)))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("trace_decoder", "trace_visual"):
+            patch.setattr(tracing, name, remember(getattr(tracing, name)))
+        yield
 
 
 @pytest.fixture
