@@ -157,6 +157,9 @@ def test_graph_inputs_and_outputs_are_public_names(sparsity: Sparsity) -> None:
         for i in range(NUM_LAYERS)
         for p in ("key", "value")
     }
+    known |= {
+        f(group) for f in (names.write_index, names.next_write_index) for group in names.GROUPS
+    }
     for model in (decoder(sparsity), recompute(sparsity)):
         assert {v.name for v in (*model.graph.input, *model.graph.output)} <= known
         assert model.graph.output[0].name == names.LOGITS

@@ -9,9 +9,10 @@ from dllava_export.benchmark import bench
 from dllava_export.benchmark.bench import run_bench
 from dllava_export.benchmark.bench_report import BenchReport, Measurement
 from dllava_export.benchmark.bench_settings import BenchSettings
-from dllava_export.benchmark.bundle_subjects import BundleSubject
 from dllava_export.benchmark.machine import machine_line
+from dllava_export.benchmark.subject import BundleSubject
 from dllava_export.errors import BackendError
+from dllava_export.precision import Precision
 
 SETTINGS = BenchSettings(
     prompt_text_len=10, decode_lengths=(0, 20), num_threads=1, rounds=1, decode_steps=1
@@ -97,7 +98,7 @@ def test_table_gives_ratios_over_sparse():
         pytest.param({}, {"policy": "none"},
                      ["sparse: the bundle is dense; `dllava-export sparsify` makes a sparse one"],
                      ["dense", "transformers"], id="dense"),
-        pytest.param({"precision": "fp16"}, {},
+        pytest.param({"precision": Precision.of("fp16")}, {},
                      ["transformers: compared at fp32 only, the bundle is fp16"],
                      ["sparse", "dense"], id="half precision"),
     ],

@@ -6,6 +6,7 @@ from transformers import LlamaForCausalLM
 from dllava_export.benchmark.random_model import random_token_ids
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import read_manifest
+from dllava_export.precision import Precision
 
 
 def test_llama_folder_loads_and_ties_its_table(tiny_model):
@@ -29,7 +30,7 @@ def test_bundle_is_sparse_as_asked(tiny_model):
     assert manifest.sparsity.policy == "predictor"
     assert manifest.sparsity.sparse_layer == tiny_model.settings.sparse_layer
     assert manifest.geometry.num_image_tokens == 16
-    assert manifest.precision == "fp32"
+    assert manifest.precision == Precision.of("fp32")
 
 
 def test_longer_prompts_continue_shorter_ones(tiny_model):

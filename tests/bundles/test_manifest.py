@@ -16,14 +16,16 @@ from dllava_export.bundles.manifest import (
 )
 from dllava_export.errors import BundleError
 from dllava_export.geometry import Geometry, PredictorGeometry
-from dllava_export.sparsity import Sparsity
+from dllava_export.precision import BF16, FP16, FP32, Precision
+from dllava_export.sparsity import DENSE, Sparsity
 
 
 def make_manifest(predictor: PredictorGeometry | None = None) -> Manifest:
     return Manifest(
+        family="llava",
         layout="dynamic-llava",
-        precision="fp16",
-        geometry=Geometry(4, 64, 144, 4, 2, 16, 131, 36, 2, predictor),
+        precision=Precision.of("fp16"),
+        geometry=Geometry(4, 64, 144, 4, 2, 16, 131, 36, predictor),
         max_position_embeddings=512,
         sparsity=Sparsity(policy="uniform", image_keep_tokens=7),
         image_token_id=-200,
@@ -72,6 +74,137 @@ def test_reads_what_was_written(folder, predictor):
     manifest = make_manifest(predictor)
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
+
+
+def test_keeps_parts_of_the_precision_apart(folder):
+    mixed = Precision(weights=FP16, activations=FP32, cache=BF16)
+    manifest = dataclasses.replace(make_manifest(), precision=mixed, family=None)
+    write_manifest(folder, manifest)
+    document = json.loads((folder / MANIFEST).read_text())
+    parts = {"weights": "fp16", "activations": "fp32", "cache": "bf16"}
+    assert (document["precision"], document["family"]) == (parts, None)
+    assert read_manifest(folder) == manifest
+
+
+# What 0.1 wrote for `make_manifest(PREDICTOR)`.
+PREDICTOR = PredictorGeometry(d_model=64, nhead=4, dim_feedforward=96, num_layers=1)
+SCHEMA_1 = """{
+  "schema_version": 1,
+  "layout": "dynamic-llava",
+  "precision": "fp16",
+  "geometry": {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 144,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 131,
+    "num_image_tokens": 36,
+    "bytes_per_value": 2,
+    "predictor": {
+      "d_model": 64,
+      "nhead": 4,
+      "dim_feedforward": 96,
+      "num_layers": 1
+    }
+  },
+  "max_position_embeddings": 512,
+  "sparsity": {
+    "policy": "uniform",
+    "sparse_layer": 2,
+    "image_keep_rate": 0.2,
+    "image_keep_tokens": 7,
+    "output_text_keep_rate": 0.5
+  },
+  "image_token_id": -200,
+  "image_aspect_ratio": "pad",
+  "has_visual": true,
+  "embedding": {
+    "file": "e.safetensors",
+    "offset": 8,
+    "dtype": "F16",
+    "shape": [
+      131,
+      64
+    ]
+  },
+  "chat_template": null,
+  "eos_token_ids": [
+    2,
+    5
+  ],
+  "tensors": {},
+  "passes": {
+    "model.onnx": [
+      {
+        "name": "P",
+        "parameters": {},
+        "modified": true
+      }
+    ]
+  },
+  "producer": {
+    "dllava-export": "0"
+  },
+  "source": "somewhere",
+  "files": {
+    "llm/model.onnx": {
+      "size": 5,
+      "sha256": "eef93e1d14482804277fca0172464032d1a4fdbcc338524059fa1e861454ad4d"
+    }
+  }
+}
+"""
+
+
+def write_schema_1(folder: Path, **changes: object) -> None:
+    (folder / MANIFEST).write_text(json.dumps(json.loads(SCHEMA_1) | changes))
+
+
+def test_reads_what_0_1_wrote(folder):
+    (folder / MANIFEST).write_text(SCHEMA_1)
+    assert read_manifest(folder) == make_manifest(PREDICTOR)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_reads_every_precision_of_0_1(folder, precision):
+    write_schema_1(folder, precision=precision)
+    assert read_manifest(folder).precision == Precision.of(precision)
+
+
+def test_a_bare_decoder_of_0_1_has_no_family(folder):
+    write_schema_1(folder, layout="onnx")
+    assert read_manifest(folder) == dataclasses.replace(
+        make_manifest(PREDICTOR), layout="onnx", family=None
+    )
+
+
+def test_a_dense_bundle_of_0_1_is_dense(folder):
+    settings = json.loads(SCHEMA_1)["sparsity"]
+    write_schema_1(folder, sparsity={**settings, "policy": "none", "image_keep_tokens": None})
+    assert read_manifest(folder).sparsity == DENSE
+
+
+def test_files_of_0_1_are_compared_too(folder):
+    (folder / MANIFEST).write_text(SCHEMA_1)
+    (folder / "llm" / "model.onnx").write_bytes(b"grapH")
+    with pytest.raises(BundleError, match=r"model\.onnx was changed .* other contents"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"precision": "int8"}, id="unknown precision"),
+        pytest.param({"geometry": {"predictor": None}}, id="incomplete geometry"),
+        pytest.param({"family": "llava", "unknown": 1}, id="unknown key"),
+    ],
+)
+def test_reports_a_damaged_manifest_of_0_1(folder, changes):
+    write_schema_1(folder, **changes)
+    with pytest.raises(BundleError, match=r"is damaged"):
+        read_manifest(folder)
 
 
 def test_lists_every_other_file(folder):
@@ -134,6 +267,12 @@ def test_reports_a_damaged_manifest(folder, content):
         pytest.param({"files": {"llm/model.onnx": {}}}, id="file without size"),
         pytest.param({"files": ["llm/model.onnx"]}, id="files as a list"),
         pytest.param({"eos_token_ids": 2}, id="number in place of a list"),
+        pytest.param({"precision": "fp16"}, id="precision of schema 1"),
+        pytest.param({"precision": {"weights": "fp16"}}, id="incomplete precision"),
+        pytest.param(
+            {"precision": {"weights": "fp16", "activations": "int8", "cache": "fp16"}},
+            id="unknown format",
+        ),
     ],
 )
 def test_reports_a_manifest_with_wrong_values(folder, changes):
@@ -151,13 +290,15 @@ def test_a_policy_need_not_be_installed(folder):
 @pytest.mark.parametrize(
     ("version", "remedy"),
     [
-        pytest.param(2, "Update dllava-export", id="newer"),
+        pytest.param(3, "Update dllava-export", id="newer"),
         pytest.param(0, "Export it again", id="older"),
     ],
 )
 def test_reports_another_schema_version(folder, version, remedy):
     change_manifest(folder, schema_version=version)
-    message = rf"schema version {version}; this dllava-export reads version 1\. {remedy}\."
+    message = (
+        rf"schema version {version}; this dllava-export reads versions 1 to 2\. {remedy}\."
+    )
     with pytest.raises(BundleError, match=message):
         read_manifest(folder)
 

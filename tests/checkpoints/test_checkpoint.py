@@ -18,6 +18,7 @@ from dllava_export.checkpoints.tensor_source import RandomSource
 from dllava_export.errors import CheckpointError, UnsupportedModelError
 from dllava_export.families.clip_tower import CLIP_FACTS
 from dllava_export.geometry import PredictorConfig
+from dllava_export.precision import BF16, FP32, NUMBER_FORMATS
 
 TOWER = {"vision_config": factory.VISION_CONFIG}
 
@@ -43,7 +44,7 @@ def test_reads_the_golden_checkpoint() -> None:
     assert checkpoint.spec.num_image_tokens == 64
     assert checkpoint.spec.image_token_id == -200
     assert checkpoint.spec.image_aspect_ratio == "pad"
-    assert checkpoint.precision == "fp32"
+    assert checkpoint.weight_format == FP32
     assert checkpoint.spec.text_config.num_key_value_heads == 2
     assert checkpoint.preprocessor["crop_size"] == {"height": 112, "width": 112}
     assert checkpoint.spec.predictors == PredictorConfig(
@@ -66,7 +67,7 @@ def test_reads_every_layout_and_file_kind(tmp_path: Path, layout: str, files: st
 def test_reads_half_precision(tmp_path: Path, files: str, dtype: type, precision: str) -> None:
     expected = factory.make_checkpoint(tmp_path, files=files, dtype=dtype)
     assert_same_values(tmp_path, expected)
-    assert read_checkpoint(tmp_path).precision == precision
+    assert read_checkpoint(tmp_path).weight_format == NUMBER_FORMATS[precision]
 
 
 def test_reads_data_that_are_not_aligned(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_precision_is_the_widest_of_the_decoder(tmp_path: Path) -> None:
     stored = {factory.stored_key(name, "llava"): value for name, value in values.items()}
     stored["model.norm.weight"] = stored["model.norm.weight"].astype(ml_dtypes.bfloat16)
     factory.write_files(tmp_path, stored)
-    assert read_checkpoint(tmp_path).precision == "fp32"
+    assert read_checkpoint(tmp_path).weight_format == FP32
 
 
 def test_reads_what_transformers_writes(tmp_path: Path) -> None:
@@ -558,7 +559,7 @@ def test_random_weights_are_reproducible(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     factory.write_json(file, {**factory.DYNAMIC_CONFIG, "torch_dtype": "bfloat16"} | TOWER)
     first, second = random_checkpoint(file, 1), random_checkpoint(file, 2)
-    assert first.precision == "bf16"
+    assert first.weight_format == BF16
     name = "model.embed_tokens.weight"
     values = first.tensors[name].read()
     assert values.dtype == ml_dtypes.bfloat16

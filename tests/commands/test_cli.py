@@ -161,7 +161,7 @@ def test_export_passes_its_options_on(plain, tmp_path, traced_once):
     succeed("export", plain, tmp_path / "out", *options, "--num-decoder-layers", 2)
     manifest = read_manifest(tmp_path / "out")
     assert manifest.sparsity == Sparsity("random", 1, 0.2, 3, 0.7)
-    assert (manifest.precision, manifest.geometry.num_layers) == ("fp16", 2)
+    assert (str(manifest.precision), manifest.geometry.num_layers) == ("fp16", 2)
 
 
 def test_export_makes_up_weights(tmp_path, traced_once):

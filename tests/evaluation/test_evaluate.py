@@ -418,9 +418,9 @@ def test_answers_of_like_length_go_together(bundles, folder, monkeypatch):
     asked = []
     generate = Session.generate
 
-    def note(self, images, prompts, **settings):
+    def note(self, prompts, images, **settings):
         asked.append(prompts)
-        return generate(self, images, prompts, **settings)
+        return generate(self, prompts, images, **settings)
 
     monkeypatch.setattr(Session, "generate", note)
     truths = {"w5": "w6 w7 w8", "w8": "w6", "w9": "w6 w7 w9", "w10": "w7"}
@@ -500,7 +500,7 @@ def test_a_folder_that_is_no_bundle(folder):
 
 
 def test_an_unknown_backend(bundles, folder):
-    with pytest.raises(BackendError, match="There is no backend 'other'"):
+    with pytest.raises(BackendError, match=r"^backend must be one of .*, got 'other'"):
         evaluate_bundles([bundles.path("mha")], write(folder, line()), ONE, backend="other")
 
 

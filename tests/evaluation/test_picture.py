@@ -35,7 +35,7 @@ def test_scores_are_those_of_the_official_code(bundles, name):
     session = bundles.session(case.checkpoint)
     scores = image_scores(
         bundles.path(case.checkpoint), session.manifest, case.input_ids[0],
-        session.encode_images(case.images), num_threads=1,
+        session.encode_images(case.images),
     )  # fmt: skip
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, case.image_scores, rtol=1e-5, atol=1e-4)

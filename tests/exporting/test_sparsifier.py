@@ -154,7 +154,7 @@ class Foreign:
 
     @property
     def precision(self) -> str:
-        return read_manifest(self.sparse, verify=False).precision
+        return str(read_manifest(self.sparse, verify=False).precision)
 
 
 @pytest.fixture(scope="session")
@@ -214,7 +214,7 @@ def dense_logits(foreign: Foreign) -> np.ndarray:
 def run_bundle(folder: Path, graph: str, num_dropped: int = 0) -> dict[str, np.ndarray]:
     """Prefill; the caches, where there are some, have room to spare."""
     manifest = read_manifest(folder)
-    dtype = np.float16 if manifest.precision == "fp16" else np.float32
+    dtype = manifest.precision.weights.numpy
     if manifest.embedding is None:
         embedded = embeddings(dtype)
     else:

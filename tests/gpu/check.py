@@ -134,7 +134,7 @@ def _compare(report: Report, options: argparse.Namespace) -> None:
 
 
 def _compare_bundle(report: Report, folder: Path, prompts: dict[str, Prompt]) -> None:
-    limits = LIMITS[read_manifest(folder, verify=False).precision]
+    limits = LIMITS[str(read_manifest(folder, verify=False).precision)]
     reference = load(folder)
     expected = {name: trace(reference, prompt) for name, prompt in prompts.items()}
     for subject, open_session in _subjects(folder, report, max(_BATCHES)).items():

@@ -5,9 +5,11 @@ import pytest
 
 from dllava_export import names
 from dllava_export.errors import InvalidInputError
+from dllava_export.families.positions import SequentialPositions
 from dllava_export.prompts.rows import assemble_prompt
 
 HIDDEN = 4
+POSITIONS = SequentialPositions()
 TEXT, IMAGE, GENERATED, PAD = (
     names.PROMPT_TEXT,
     names.IMAGE,
@@ -29,7 +31,7 @@ def features(num_images=1, num_rows=2):
 
 def assemble(prompts, image_features=None, outputs=None):
     arrays = [np.array(ids, np.int64) for ids in prompts]
-    return assemble_prompt(arrays, image_features, lookup, outputs=outputs)
+    return assemble_prompt(arrays, image_features, lookup, POSITIONS, outputs=outputs)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_no_generated_tokens_change_nothing():
 
 def test_features_take_the_embeddings_type():
     ids = [np.array([3, -200])]
-    rows = assemble_prompt(ids, features(), lambda x: lookup(x).astype(np.float16))
+    rows = assemble_prompt(ids, features(), lambda x: lookup(x).astype(np.float16), POSITIONS)
     assert rows.inputs_embeds.dtype == np.float16
 
 

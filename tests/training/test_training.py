@@ -32,6 +32,7 @@ from dllava_export.checkpoints.checkpoint import random_checkpoint, read_checkpo
 from dllava_export.cli import main
 from dllava_export.errors import BundleError
 from dllava_export.exporting.exporter import export_checkpoint
+from dllava_export.precision import FP32
 from dllava_export.training import (
     BadRecordError,
     TrainingError,
@@ -309,7 +310,7 @@ def test_mixed_precision_trains(folder, data, tmp_path, changes):
         folder, tmp_path / "out", data, steps=2, compute_precision="bf16", **changes
     )
     assert math.isfinite(report.final.loss)
-    assert read_checkpoint(report.folder).precision == "fp32"
+    assert read_checkpoint(report.folder).weight_format == FP32
 
 
 def test_a_run_whose_result_could_not_be_written_resumes_with_its_last_step(
@@ -328,7 +329,7 @@ def test_a_run_whose_result_could_not_be_written_resumes_with_its_last_step(
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_the_precision_of_the_weights_can_be_chosen(folder, data, tmp_path, precision):
     report = train(folder, tmp_path / "out", data, steps=1, precision=precision)
-    assert read_checkpoint(report.folder).precision == precision
+    assert read_checkpoint(report.folder).weight_format.name == precision
 
 
 def test_accumulated_batches_make_one_step(folder, data, tmp_path):

@@ -12,6 +12,7 @@ from dllava_export import names
 from dllava_export.backends.ort.backend import open_session
 from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError, BundleError, InvalidInputError
+from dllava_export.precision import Precision
 from dllava_export.validation.conversation import conversation_for
 from dllava_export.validation.graph_inputs import save_graph_inputs
 from dllava_export.validation.settings import ValidationSettings
@@ -152,7 +153,7 @@ def test_a_dense_decoder_that_takes_something_else_is_left_out(bundles, tmp_path
 
 
 def test_bf16_is_refused(bundles, tmp_path):
-    path = copied(bundles.path("mha"), tmp_path / "bf16", precision="bf16")
+    path = copied(bundles.path("mha"), tmp_path / "bf16", precision=Precision.of("bf16"))
     with pytest.raises(BackendError, match=r"bf16, which neither .* --precision fp16 or fp32"):
         save(path, tmp_path / "inputs")
     assert not (tmp_path / "inputs").exists()

@@ -16,6 +16,7 @@ from planted import (
 
 from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError, BundleError, InvalidInputError
+from dllava_export.precision import Precision
 from dllava_export.validation.settings import ValidationSettings
 from dllava_export.validation.validate import validate_bundle
 
@@ -222,7 +223,7 @@ def test_a_backend_without_engines_says_what_is_missing(bundles, backend):
 def test_half_precision_without_kernels_is_refused(bundles, tmp_path):
     path = tmp_path / "bf16"
     shutil.copytree(bundles.path("mha"), path, copy_function=shutil.copyfile)
-    manifest = dataclasses.replace(read_manifest(path), precision="bf16")
+    manifest = dataclasses.replace(read_manifest(path), precision=Precision.of("bf16"))
     write_manifest(path, manifest)
     with pytest.raises(
         BackendError, match=r"bf16, .* Use another backend, and --against torch"
