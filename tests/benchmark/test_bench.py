@@ -105,8 +105,8 @@ def test_table_gives_ratios_over_sparse():
 )  # fmt: skip
 def test_says_what_is_left_out(bundles, monkeypatch, changes, sparsity, reasons, names):
     folder = bundles.path("gqa", **sparsity)
-    manifest = dataclasses.replace(bench.bundle.read_manifest(folder), **changes)
-    monkeypatch.setattr(bench.bundle, "read_manifest", lambda *_, **__: manifest)
+    manifest = dataclasses.replace(bench.read_manifest(folder), **changes)
+    monkeypatch.setattr(bench, "read_manifest", lambda *_, **__: manifest)
     monkeypatch.setattr(bench, "_peak_memory", lambda *_: 1 << 20)
     monkeypatch.setattr(bench, "SessionSubject", StillSubject)
     monkeypatch.setattr(bench, "TorchSubject", StillSubject)
@@ -138,8 +138,8 @@ def test_engines_are_timed_alone(bundles, monkeypatch, policy, names, reason):
 
 def test_refuses_a_bundle_without_a_vision_tower(bundles, monkeypatch):
     folder = bundles.path("gqa")
-    manifest = dataclasses.replace(bench.bundle.read_manifest(folder), has_visual=False)
-    monkeypatch.setattr(bench.bundle, "read_manifest", lambda *_, **__: manifest)
+    manifest = dataclasses.replace(bench.read_manifest(folder), has_visual=False)
+    monkeypatch.setattr(bench, "read_manifest", lambda *_, **__: manifest)
     with pytest.raises(BackendError, match="has no vision tower; bench expects a bundle"):
         run_bench(folder, SETTINGS)
 

@@ -384,8 +384,8 @@ import resource, sys
 from pathlib import Path
 import ml_dtypes
 import numpy as np
-from dllava_export.checkpoint import read_checkpoint
-from dllava_export.weights import write_embedding
+from dllava_export.checkpoints.checkpoint import read_checkpoint
+from dllava_export.exporting.weights import write_embedding
 folder = Path(sys.argv[1])
 source = read_checkpoint(folder / "in").tensors["model.embed_tokens.weight"]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

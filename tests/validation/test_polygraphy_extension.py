@@ -81,8 +81,9 @@ def test_a_generated_script_says_where_it_computes(bundles):
     model = bundles.path("mha") / "llm/model.onnx"
     arguments = ["--dllava-onnxruntime", "--dllava-tensorrt", "--dllava-provider", "cuda"]
     script = polygraphy("run", model, *arguments, "--gen-script", "-").stdout
-    assert f"BackendRunner({str(model)!r}, 'onnxruntime', provider='cuda')," in script
-    assert f"BackendRunner({str(model)!r}, 'tensorrt')," in script
+    given = "'onnxruntime', options={'provider': 'cuda'}"
+    assert f"BackendRunner({str(model)!r}, {given})," in script
+    assert f"BackendRunner({str(model)!r}, 'tensorrt', options={{}})," in script
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
