@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import shutil
 import subprocess
 
@@ -37,10 +36,12 @@ def find_gpus() -> tuple[Gpu, ...]:
 
 def installed_version(*distributions: str) -> str | None:
     """Return the version of the first distribution that is installed, or None."""
+    from importlib.metadata import PackageNotFoundError, version  # takes its time to import
+
     for name in distributions:
         try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            return version(name)
+        except PackageNotFoundError:
             continue
     return None
 
