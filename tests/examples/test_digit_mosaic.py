@@ -27,6 +27,8 @@ from dllava_export.training.data import Batch, ConversationData
 from dllava_export.training.model import TrainingModel, build_model
 from dllava_export.training.settings import TrainingSettings
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra `examples`)")
 
 FOLDER = ROOT / "examples" / "digit_mosaic"
