@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dllava_export.checkpoints.tensor_source import (
     TensorSource,
+    check_number_of_tensors,
     safetensors_sources,
     torch_sources,
 )
@@ -91,9 +92,15 @@ def read_tensors(folder: Path) -> dict[str, TensorSource]:
         tensors: dict[str, TensorSource] = {}
         for shard in sorted(set(weight_map.values())):
             stored = read(folder / shard)
-            tensors |= {
-                key: stored[key] for key in stored if weight_map.get(key, shard) == shard
-            }
+            twice = next((key for key in stored if key in tensors), None)
+            if twice is not None:
+                raise CheckpointError(
+                    f"{folder / shard} holds the tensor {twice!r}, as "
+                    f"{(tensors[twice].file or folder).name} does, expected it in one file. "
+                    "Restore the files."
+                )
+            tensors |= stored
+            check_number_of_tensors(folder, len(tensors))
         return tensors
     is_adapter = (folder / "adapter_config.json").is_file()
     remedy = (
