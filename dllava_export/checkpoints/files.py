@@ -13,6 +13,7 @@ from dllava_export.checkpoints.tensor_source import (
 )
 from dllava_export.errors import CheckpointError
 from dllava_export.families.config_file import read_json
+from dllava_export.families.config_kinds import OBJECT
 
 __all__ = ["HUB_ID", "download", "download_config", "read_tensors", "resolve_folder"]
 
@@ -114,8 +115,9 @@ def read_tensors(folder: Path) -> dict[str, TensorSource]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Return key → shard name of an index file; every shard is there."""
-    weight_map = read_json(index, "a checkpoint").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    values = read_json(index, "a checkpoint", kinds={"weight_map": (OBJECT,)})
+    weight_map = values.get("weight_map")
+    if not weight_map:
         raise CheckpointError(
             f"{index} has no weight_map, expected key → file name. Restore the file."
         )

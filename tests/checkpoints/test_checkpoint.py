@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from pathlib import Path
@@ -350,16 +351,25 @@ def test_models_of_another_kind(
     ("changes", "message"),
     [
         ({"sparse_config": None}, "but has no sparse_config"),
-        ({"sparse_config": [1]}, "sparse_config is a list, expected an object"),
+        ({"sparse_config": [1]}, r"config.json: sparse_config is \[1\], expected an object"),
         ({"sparse_config": {"nhead": 3}}, "d_model must be a multiple of nhead"),
         ({"sparse_config": {"num_layers": 0}}, "num_layers must be a whole number"),
+        ({"sparse_config": {"num_layers": 10**5}}, "num_layers must be at most 256, got"),
+        ({"num_hidden_layers": 1 << 62}, "num_hidden_layers .* expected at most 1024"),
+        ({"num_hidden_layers": 1000}, "has num_hidden_layers 1000, its weight files hold"),
         ({"sparse_config": {"vision_keep_rate": 1.5}}, r"must be in \(0, 1\], got 1.5"),
         ({"sparse_config": {"sparse_layer": 3}}, "sparse_layer 3, expected at most 2"),
-        ({"hidden_size": "x"}, "text configuration of config.json cannot be read"),
+        ({"hidden_size": "x"}, r"config.json: hidden_size is 'x', expected a whole number"),
         ({"hidden_size": 17}, "not a multiple of the number of attention heads"),
         ({"num_attention_heads": 0}, "cannot be read: integer division"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3, expected a divisor"),
         ({"vocab_size": 0}, "vocab_size 0, expected a whole number"),
+        ({"vocab_size": 1 << 62}, f"vocab_size {1 << 62}, expected at most 16777216"),
+        ({"vocab_size": 1 << 70}, "vocab_size is 11805.*, expected a whole number"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps is inf, expected a number"),
+        ({"rope_scaling": {"factor": [1]}}, r"rope_scaling.factor is \[1\], expected a num"),
+        ({"architectures": "Llava"}, "architectures is 'Llava', expected a list of texts"),
+        ({"mm_use_im_start_end": "no"}, "mm_use_im_start_end is 'no', expected true or fal"),
         ({"mm_vision_tower": None}, "has no mm_vision_tower"),
         ({"mm_vision_tower": "/absent/tower"}, "/absent/tower is not a folder"),
     ],
