@@ -101,10 +101,11 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     def remember(trace: Callable[..., onnx.ModelProto]) -> Callable[..., onnx.ModelProto]:
         def remembered(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
-            spec = checkpoint.spec
-            settings = [spec.text_config.to_dict(), spec.vision_config.to_dict()]
-            settings += [spec.projector, spec.feature_layer]
-            key = f"{trace.__name__} {dtype} {settings}"
+            settings = [
+                value.to_dict() if hasattr(value, "to_dict") else value
+                for value in vars(checkpoint.spec).values()
+            ]
+            key = f"{trace.__name__} {dtype} {type(checkpoint.spec)} {settings}"
             path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
             with filelock.FileLock(f"{path}.lock"):
                 if not path.exists():

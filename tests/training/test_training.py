@@ -33,16 +33,16 @@ from dllava_export.cli import main
 from dllava_export.errors import BundleError
 from dllava_export.exporting.exporter import export_checkpoint
 from dllava_export.precision import FP32
-from dllava_export.training import (
+from dllava_export.training import loop
+from dllava_export.training.data import Batch
+from dllava_export.training.loop import train_predictors
+from dllava_export.training.model import build_model
+from dllava_export.training.settings import (
     BadRecordError,
     TrainingError,
     TrainingSettings,
-    loop,
-    train_predictors,
+    resolve_predictors,
 )
-from dllava_export.training.data import Batch
-from dllava_export.training.model import build_model
-from dllava_export.training.settings import resolve_predictors
 
 __all__ = ["one_thread"]
 
