@@ -21,6 +21,7 @@ ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
 _ASPECT_RATIOS = ("pad", "square", "crop")
 _MAX_EDGE = 1 << 13
+_MAX_NUMBER = 1e30  # a float32 with room to multiply
 _MAX_ASPECT = 200  # a 1 x 5000 strip would be resized to 336 x 1,680,000 before it is cropped
 _DECODE_ERRORS = (
     OSError,
@@ -298,8 +299,8 @@ def _channels(
 
 def _number(value: object, name: str) -> float:
     """Return a finite float32 number; a standard deviation and a factor are not 0."""
-    is_number = isinstance(value, int | float) and abs(value) <= np.finfo(np.float32).max
-    if not is_number or (name != "image_mean" and np.float32(value) == 0):
+    is_number = isinstance(value, int | float) and abs(value) <= _MAX_NUMBER
+    if not is_number or (name != "image_mean" and abs(value) < 1 / _MAX_NUMBER):
         raise UnsupportedModelError(
             f"preprocessor_config has {value!r} in {name}, expected a finite number"
             f"{'' if name == 'image_mean' else ' other than 0'}. Use the "
