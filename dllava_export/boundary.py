@@ -33,7 +33,9 @@ def expected_errors_only(
     """
     try:
         yield
-    except (DllavaExportError, *others):
+    except DllavaExportError:
+        raise
+    except others:
         raise
     except Exception as error:
         raise UnexpectedError(_message(what, error)) from error

@@ -297,7 +297,7 @@ def _channels(
     return red, green, blue
 
 
-def _number(value: object, name: str) -> float:
+def _number(value: Any, name: str) -> float:
     """Return a finite float32 number; a standard deviation and a factor are not 0."""
     is_number = isinstance(value, int | float) and abs(value) <= _MAX_NUMBER
     if not is_number or (name != "image_mean" and abs(value) < 1 / _MAX_NUMBER):
