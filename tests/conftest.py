@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from golden import DATA
+from installed_packages import Packages
 from policy_package import PolicyPackages
 from word_tokenizer import save_tokenizer
 
@@ -121,8 +122,14 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def policy_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PolicyPackages:
-    """Packages with policies, there during one test."""
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Packages:
+    """Packages that add to a registry, there during one test."""
     folder = tmp_path / "packages"
     folder.mkdir()
-    return PolicyPackages(folder, monkeypatch)
+    return Packages(folder, monkeypatch)
+
+
+@pytest.fixture
+def policy_packages(packages: Packages) -> PolicyPackages:
+    """Packages with policies, there during one test."""
+    return PolicyPackages(packages)

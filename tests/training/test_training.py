@@ -27,7 +27,6 @@ from training_factory import (
 from word_tokenizer import save_tokenizer
 
 import dllava_export
-import dllava_export.training
 from dllava_export.checkpoints.checkpoint import random_checkpoint, read_checkpoint
 from dllava_export.cli import main
 from dllava_export.errors import BundleError
@@ -43,6 +42,8 @@ from dllava_export.training.settings import (
     TrainingSettings,
     resolve_predictors,
 )
+
+pytestmark = pytest.mark.slow
 
 __all__ = ["one_thread"]
 
@@ -407,7 +408,7 @@ def test_command_explains_what_is_wrong(folder, tmp_path):
 def test_command_has_the_defaults_of_the_settings(folder, data, tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(
-        dllava_export.training,
+        loop,
         "train_predictors",
         lambda checkpoint, data, out, settings, **_: found.append(settings),
     )
