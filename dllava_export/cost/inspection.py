@@ -130,6 +130,7 @@ class InspectionReport:
         )
 
     def describe_sparsity(self) -> str:
+        """Return the sparsity in words: what is pruned, after which layer, at which ratio."""
         if self.sparsity.is_dense:
             return "none: a dense decoder"
         stored = "all generated tokens"
