@@ -252,10 +252,12 @@ class CachedRun(Run):
         self.batch = len(ids)
         self._session = session
         self._ids, self._pixels, self._num_new = ids, pixels, num_new
+        self._num_prefills = -1
 
     def start(self, results: list[Generation]) -> np.ndarray:
         """Prefill."""
         prefill = self.prefill()
+        self._num_prefills = self._session.num_prefills
         num_image_tokens = self._session.manifest.geometry.num_image_tokens
         for sample, result in enumerate(results):
             result.num_prompt_tokens = int(prefill.cache_lengths[0, sample])
@@ -281,6 +283,12 @@ class CachedRun(Run):
         self, tokens: np.ndarray, active: np.ndarray, results: list[Generation]
     ) -> np.ndarray:
         """Decode."""
+        if self._session.num_prefills != self._num_prefills:
+            raise InvalidInputError(
+                "The session was given another prompt while this answer was generated, so its "
+                "caches no longer hold it. Finish or close one stream before the next use, or "
+                "load a second session."
+            )
         decoded = self.decode(tokens, active)
         for sample in np.flatnonzero(active):
             results[sample].num_fed_tokens += 1
@@ -298,6 +306,7 @@ class ExtendedRun(CachedRun):
     def start(self, results: list[Generation]) -> np.ndarray:
         """Feed the prompt."""
         results[0].num_prompt_tokens = len(self._ids[0])
+        self._num_prefills = self._session.num_prefills
         return self._session.extend(self._ids).logits
 
 

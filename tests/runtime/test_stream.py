@@ -104,6 +104,20 @@ def test_closing_cancels(bundles, mode, count):
     assert list(stream) == []
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_prompt_meanwhile_is_an_error(bundles, count):
+    """Going on would decode on the other prompt's caches."""
+    session = bundles.session("mha")
+    expected = session.generate(QUESTION, max_new_tokens=10)
+    stream = session.stream(QUESTION, max_new_tokens=10)
+    for _ in range(count):
+        next(stream)
+    session.generate("w40 w41", max_new_tokens=2)
+    with pytest.raises(InvalidInputError, match="was given another prompt while this answer"):
+        next(stream)
+    assert stream.result.token_ids == expected.token_ids[:count]
+
+
 def test_the_session_can_be_used_after_closing(bundles):
     session = bundles.session("mha")
     expected = session.generate(QUESTION, image=image(), max_new_tokens=8)
