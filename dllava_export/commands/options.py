@@ -24,6 +24,7 @@ __all__ = [
     "check_keep",
     "given_backend_options",
     "parse_ids",
+    "sampling_options",
     "sparsity_options",
 ]
 
@@ -73,6 +74,24 @@ def sparsity_options(function: Callable[..., None]) -> Callable[..., None]:
             "sizes the cache. 1.0 keeps all.  [default: as trained, else 0.5; 1.0 where the "
             "policy has no decision]",
         ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Options that say how tokens are chosen, as `Session.generate` takes them."""
+    options = [
+        click.option(
+            "--temperature",
+            type=click.FloatRange(min=0),
+            default=0.0,
+            show_default=True,
+            help="0 takes the likeliest token.",
+        ),
+        click.option("--top-p", type=RATE, default=1.0, show_default=True),
+        click.option("--seed", type=click.IntRange(min=0), help="For a temperature above 0."),
     ]
     for option in reversed(options):
         function = option(function)
