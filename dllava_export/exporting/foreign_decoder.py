@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 _INPUT_IDS, _ATTENTION_MASK = "input_ids", "attention_mask"
 _KNOWN_INPUTS = (_INPUT_IDS, names.INPUTS_EMBEDS, _ATTENTION_MASK, names.POSITION_IDS)
 _CACHE_WORDS = ("past", "cache", "present")
-_MAX_INLINE_BYTES = 1 << 10
 _EXAMPLE_SIZES = ((2, 5), (3, 7))  # batch and rows; no size repeats
 _MAX_FOLDED_VALUES = 1024
 
@@ -133,12 +132,14 @@ def _place_weights(path: Path, model: onnx.ModelProto, folder: Path) -> None:
     """Link external data, move large inline values to a data file, take small ones in."""
     from onnx.external_data_helper import load_external_data_for_tensor
 
+    from dllava_export.exporting.weights import MAX_INLINE_BYTES
+
     files: dict[str, str] = {}
     inline = []
     tables = _tables_of_token_ids(model)
     for tensor in _tensors(model.graph):
         size = _num_bytes(tensor)
-        has_room = size <= _MAX_INLINE_BYTES and tensor.name not in tables
+        has_room = size <= MAX_INLINE_BYTES and tensor.name not in tables
         if tensor.data_location != tensor.EXTERNAL:
             if not has_room:
                 inline.append(tensor)

@@ -34,6 +34,7 @@ from dllava_export.reporting.output_files import replaced_when_complete
 
 __all__ = [
     "CHECKPOINT_LOCATION",
+    "MAX_INLINE_BYTES",
     "AttachReport",
     "attach_weights",
     "reference_tensor",
@@ -46,8 +47,10 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_LOCATION = "@checkpoint"
 """Stands for a file name in a reference, until `attach_weights` puts a real one there."""
 
+MAX_INLINE_BYTES = 1 << 10
+"""Tensors up to this size stay in their graph; larger ones go to a data file."""
+
 _SOURCE_KEY = "source"
-_MAX_INLINE_BYTES = 1 << 10
 _PAGE_BYTES = 4096
 _EMBEDDING_FILE = "embedding.safetensors"
 _EMBEDDING_NAME = "embedding"
@@ -133,7 +136,7 @@ def attach_weights(
             source = _source_of(tensor, sources, label)
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
             key = id(source), tensor.data_type
-            if source.num_values * dtype.itemsize <= _MAX_INLINE_BYTES:
+            if source.num_values * dtype.itemsize <= MAX_INLINE_BYTES:
                 if key not in inlined:
                     inlined[key] = b"".join(_converted(source, dtype))
                 _set_raw_data(tensor, inlined[key])

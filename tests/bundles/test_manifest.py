@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from dllava_export.bundles import manifest as bundle
 from dllava_export.bundles.layout import MANIFEST
 from dllava_export.bundles.manifest import (
     SCHEMA_VERSION,
@@ -333,40 +333,45 @@ def test_takes_contents_for_granted_without_verification(folder):
     assert read_manifest(folder, verify=False) == make_manifest()
 
 
+LARGE, SAMPLE = 320 << 20, 1 << 20  # bytes; above 256 MiB 64 samples are compared
+
+
 @pytest.fixture
-def large_files(monkeypatch):
-    """Treat files above 1000 bytes as large: five samples of 100 bytes each."""
-    monkeypatch.setattr(bundle, "_WHOLE_DIGEST_BYTES", 1000)
-    monkeypatch.setattr(bundle, "_SAMPLE_BYTES", 100)
-    monkeypatch.setattr(bundle, "_NUM_SAMPLES", 5)
+def large(folder) -> Path:
+    """The bundle with a large data file, a hole that takes no disk."""
+    os.truncate(folder / "llm" / "model.onnx.data", LARGE)
+    write_manifest(folder, make_manifest())
+    return folder
 
 
 def poke(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        value = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([value ^ 1]))
 
 
-def test_samples_large_files(large_files, folder):
-    files = json.loads((folder / MANIFEST).read_text())["files"]
+def test_samples_large_files(large):
+    files = json.loads((large / MANIFEST).read_text())["files"]
     assert files["llm/model.onnx.data"]["sampled"] is True
     assert "sampled" not in files["llm/model.onnx"]
-    assert read_manifest(folder) == make_manifest()
+    assert read_manifest(large) == make_manifest()
 
 
 @pytest.mark.parametrize(
     ("offset", "is_found"),
     [
         pytest.param(0, True, id="first byte"),
-        pytest.param(19_999, True, id="last byte"),
-        pytest.param(19_900 // 4, True, id="second sample"),
-        pytest.param(150, False, id="between samples"),
+        pytest.param(LARGE - 1, True, id="last byte"),
+        pytest.param((LARGE - SAMPLE) // 63, True, id="second sample"),
+        pytest.param(3 * SAMPLE, False, id="between samples"),
     ],
 )
-def test_large_files_are_compared_at_samples_only(large_files, folder, offset, is_found):
-    poke(folder / "llm" / "model.onnx.data", offset)
+def test_large_files_are_compared_at_samples_only(large, offset, is_found):
+    poke(large / "llm" / "model.onnx.data", offset)
     if not is_found:
-        assert read_manifest(folder) == make_manifest()
+        assert read_manifest(large) == make_manifest()
         return
     with pytest.raises(BundleError, match=r"model\.onnx\.data was changed"):
-        read_manifest(folder)
+        read_manifest(large)

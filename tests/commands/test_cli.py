@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import checkpoint_factory as factory
+import full_disk
 import pytest
 from click.testing import CliRunner, Result
 from places import ROOT
@@ -21,7 +22,7 @@ from dllava_export.benchmark.bench_report import BenchReport, Measurement
 from dllava_export.benchmark.bench_settings import BenchSettings
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import read_manifest
-from dllava_export.exporting import sparsifier, weights
+from dllava_export.exporting import sparsifier
 from dllava_export.reporting import output_files
 from dllava_export.sparsity import Sparsity
 from dllava_export.version import __version__
@@ -385,20 +386,18 @@ def test_an_output_folder_that_cannot_be_written(checkpoint, tmp_path, monkeypat
     assert_fails(1, "cannot be written (Permission denied)", arguments=arguments)
 
 
-def full_disk(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def test_a_disk_that_fills_up_with_weights(checkpoint, tmp_path, monkeypatch, traced_once):
-    monkeypatch.setattr(weights, "_MAX_INLINE_BYTES", 0)
-    monkeypatch.setattr(weights, "_converted", full_disk)
+    full_disk.fill_up(monkeypatch)
     arguments = ["export", checkpoint, tmp_path / "out", "--precision", "fp16"]
     assert_fails(1, "No space left on device", "Free some", arguments=arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_disk_that_fills_up_at_the_end(bundles, tmp_path, monkeypatch):
-    monkeypatch.setattr(sparsifier, "write_manifest", full_disk)
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sparsifier, "write_manifest", full)
     arguments = ["sparsify", bundles.path("gqa"), tmp_path / "out"]
     parts = ["No space left on device", "Free some space", "nothing was left behind"]
     assert_fails(1, *parts, arguments=arguments)

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import checkpoint_factory as factory
+import full_disk
 import ml_dtypes
 import numpy as np
 import onnx
@@ -507,13 +506,8 @@ def test_an_interrupted_export_leaves_nothing(
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, traced_once, monkeypatch):
-    def full(*_):
-        yield b"half"
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     factory.make_checkpoint(tmp_path / "in")
-    monkeypatch.setattr(weights, "_converted", full)
-    monkeypatch.setattr(weights, "_MAX_INLINE_BYTES", 0)
+    full_disk.fill_up(monkeypatch)
     with pytest.raises(BundleError, match=r"could not be written: .*No space left on device"):
         export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out", link=False)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import checkpoint_factory as factory
+import full_disk
 import ml_dtypes
 import numpy as np
 import onnx
@@ -21,7 +22,6 @@ from dllava_export.bundles.embedding import EmbeddingTable
 from dllava_export.checkpoints.checkpoint import read_checkpoint
 from dllava_export.checkpoints.tensor_source import TensorSource
 from dllava_export.errors import BundleError, CheckpointError, InvalidInputError
-from dllava_export.exporting import weights
 from dllava_export.exporting.weights import (
     CHECKPOINT_LOCATION,
     attach_weights,
@@ -274,12 +274,9 @@ def test_overflow_in_fp16_names_the_tensor(tmp_path: Path, dtype: type) -> None:
 def test_full_disk_names_the_file_and_the_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     folder = output_folder(tmp_path)
     sources = tiny(tmp_path / "in")
-    monkeypatch.setattr(weights, "_converted", fail)
+    full_disk.fill_up(monkeypatch)
     model = make_model(reference_tensor(NAME, sources[NAME]))
     with pytest.raises(
         BundleError, match=r"model\.onnx\.data could not be written: .*No space left on device"
