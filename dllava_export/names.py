@@ -94,11 +94,6 @@ def is_past(name: str) -> bool:
     return name.startswith(_PAST)
 
 
-def is_present(name: str) -> bool:
-    """Return whether an output is a cache."""
-    return name.startswith(_PRESENT)
-
-
 def present_of(past_name: str) -> str:
     """Return the output that shares the buffer of a cache input."""
     return _PRESENT + past_name.removeprefix(_PAST)

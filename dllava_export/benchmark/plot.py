@@ -9,7 +9,7 @@ from dllava_export.benchmark.results import CaseResult, GeometryResult, Spread
 from dllava_export.benchmark.subject import DENSE, SPARSE, SUBJECTS
 from dllava_export.reporting.output_files import save_plot
 
-__all__ = ["plot_geometry"]
+__all__ = ["bar_label", "plot_geometry", "subject_colour"]
 
 _INK, _MUTED = "0.15", "0.4"
 _OWN_COLOURS = {SPARSE: "#2a6fbb", DENSE: "#9cc3e8"}
@@ -54,7 +54,8 @@ def plot_geometry(result: GeometryResult, path: Path) -> None:
     save_plot(figure, path)
 
 
-def _colour(name: str) -> str:
+def subject_colour(name: str) -> str:
+    """Return the colour of a subject, another for each of `SUBJECTS`."""
     peers = [peer for peer in SUBJECTS if peer not in _OWN_COLOURS]
     return _OWN_COLOURS.get(name) or _PEER_COLOURS[peers.index(name)]
 
@@ -62,12 +63,12 @@ def _colour(name: str) -> str:
 def _draw_bars(axes: Any, values: dict[str, Spread], label: str) -> None:
     places = range(len(values))
     medians = [spread.median for spread in values.values()]
-    axes.barh(places, medians, 0.7, color=[_colour(name) for name in values])
+    axes.barh(places, medians, 0.7, color=[subject_colour(name) for name in values])
     for place, spread in zip(places, values.values(), strict=True):
         axes.plot((spread.low, spread.high), (place, place), color=_INK, linewidth=1.2)
         axes.text(
             max(spread.high, spread.median) + 0.01 * max(medians), place,
-            _number(spread.median), va="center", fontsize=8.5, color=_INK,
+            bar_label(spread.median), va="center", fontsize=8.5, color=_INK,
         )  # fmt: skip
     axes.set_yticks(places, list(values), fontsize=8.5)
     axes.invert_yaxis()
@@ -77,7 +78,8 @@ def _draw_bars(axes: Any, values: dict[str, Spread], label: str) -> None:
     axes.tick_params(length=3, color="0.5")
 
 
-def _number(value: float) -> str:
+def bar_label(value: float) -> str:
+    """Return a time in milliseconds to three digits, or without a point."""
     return f" {value:.0f}" if value >= 100 else f" {value:.3g}"
 
 
@@ -86,12 +88,12 @@ def _draw_decode(axes: Any, case: CaseResult) -> None:
         spreads = {length: Spread.of(values) for length, values in times.decode_ms.items()}
         medians = [spread.median for spread in spreads.values()]
         axes.plot(
-            list(spreads), medians, "o-", color=_colour(name), label=name, linewidth=2,
+            list(spreads), medians, "o-", color=subject_colour(name), label=name, linewidth=2,
             markersize=5,
         )  # fmt: skip
         lows = [spread.low for spread in spreads.values()]
         highs = [spread.high for spread in spreads.values()]
-        axes.vlines(list(spreads), lows, highs, color=_colour(name), linewidth=1)
+        axes.vlines(list(spreads), lows, highs, color=subject_colour(name), linewidth=1)
     axes.set_ylim(0)
     axes.set_xticks(list(next(iter(case.times.values())).decode_ms))
     axes.set_xlabel("generated tokens in the caches", color=_MUTED)

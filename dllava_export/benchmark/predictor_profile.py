@@ -11,7 +11,7 @@ from dllava_export.benchmark.session_subject import SparseSubject
 from dllava_export.bundles import layout
 from dllava_export.errors import BackendError
 
-__all__ = ["measure_predictor_share"]
+__all__ = ["measure_predictor_share", "share_of_last_run"]
 
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 _SCOPES = ("select_image", "keep_bit")
@@ -42,10 +42,10 @@ def measure_predictor_share(model: RandomModel) -> float:
         subject.prepare(1)
         subject.prefill()
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return _share(events, model.settings.sparse_layer)
+    return share_of_last_run(events, model.settings.sparse_layer)
 
 
-def _share(events: list[dict[str, Any]], sparse_layer: int) -> float:
+def share_of_last_run(events: list[dict[str, Any]], sparse_layer: int) -> float:
     """Return what the predictor's nodes took of the last run."""
     run = [event for event in events if event["name"] == "model_run"][-1]
     prefixes = tuple(f"layers.{sparse_layer}/{scope}/" for scope in _SCOPES)

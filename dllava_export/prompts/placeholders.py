@@ -9,7 +9,7 @@ import numpy as np
 from dllava_export.errors import InvalidInputError
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 
-__all__ = ["check_prompt", "normalise_placeholders"]
+__all__ = ["check_prompt", "normalise_placeholders", "shortened"]
 
 
 def normalise_placeholders(
@@ -90,7 +90,7 @@ def _check_sample(sample: int, ids: np.ndarray, has_image: bool, vocab_size: int
     if found > 1:
         raise InvalidInputError(
             f"Sample {sample}: the prompt has {found} image placeholders, at "
-            f"{_shortened(np.flatnonzero(is_image).tolist())}; expected 1, since one image "
+            f"{shortened(np.flatnonzero(is_image).tolist())}; expected 1, since one image "
             "per prompt is supported. Remove the others."
         )
     outside = np.flatnonzero(~is_image & ((ids < 0) | (ids >= vocab_size)))
@@ -102,6 +102,7 @@ def _check_sample(sample: int, ids: np.ndarray, has_image: bool, vocab_size: int
         )
 
 
-def _shortened(value: object) -> str:
+def shortened(value: object) -> str:
+    """Return a value as text for a message, cut where it is long."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -14,7 +14,7 @@ from dllava_export.errors import BundleError, InvalidInputError, SettingError
 from dllava_export.families.config_file import read_json
 from dllava_export.families.config_kinds import GENERATION_KINDS, TOKENIZER_KINDS
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
-from dllava_export.prompts.placeholders import _shortened
+from dllava_export.prompts.placeholders import shortened
 
 __all__ = ["ChatTokenizer", "StreamDecoder"]
 
@@ -129,7 +129,7 @@ class ChatTokenizer:
         for text in (prompt, *(text for turn in history for text in turn)):
             if IMAGE_PLACEHOLDER in text:
                 raise InvalidInputError(
-                    f"Prompt {_shortened(text)!r} contains {IMAGE_PLACEHOLDER!r}; expected "
+                    f"Prompt {shortened(text)!r} contains {IMAGE_PLACEHOLDER!r}; expected "
                     "plain text, since the placeholder is added for the image. Remove it."
                 )
         if self._template == "vicuna_v1":

@@ -76,8 +76,6 @@ def test_past_and_present_go_together():
     past, present = names.past(3, "key"), names.present(3, "key")
     assert names.is_past(past)
     assert not names.is_past(present)
-    assert names.is_present(present)
-    assert not names.is_present(past)
     assert names.present_of(past) == present
     others = [names.LOGITS, *map(names.write_index, names.GROUPS)]
-    assert not any(names.is_past(name) or names.is_present(name) for name in others)
+    assert not any(names.is_past(name) for name in others)

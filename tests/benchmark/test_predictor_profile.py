@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from dllava_export.benchmark.predictor_profile import _share, measure_predictor_share
+from dllava_export.benchmark.predictor_profile import (
+    measure_predictor_share,
+    share_of_last_run,
+)
 from dllava_export.errors import BackendError
 
 
@@ -20,13 +23,13 @@ def test_share_counts_the_last_run_only():
         event("layers.2/select_image/predictor/norm_fence_before", 230, 7),
         event("layers.2/attention_kernel_time", 240, 30),
     ]
-    assert _share(events, 2) == 0.1
+    assert share_of_last_run(events, 2) == 0.1
 
 
 def test_says_when_the_predictor_has_no_name():
     events = [event("model_run", 0, 50), event("layers.3/attention_kernel_time", 1, 2)]
     with pytest.raises(BackendError, match=r"has no node under layers\.3/select_image/ or"):
-        _share(events, 3)
+        share_of_last_run(events, 3)
 
 
 def test_share_of_a_real_prefill(tiny_model):

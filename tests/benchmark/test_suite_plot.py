@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from dllava_export.benchmark.plot import _colour, _number
+from dllava_export.benchmark.plot import bar_label, subject_colour
 from dllava_export.benchmark.subject import SUBJECTS
 
 
 def test_subjects_have_colours_of_their_own():
-    assert len({_colour(name) for name in SUBJECTS}) == len(SUBJECTS)
+    assert len({subject_colour(name) for name in SUBJECTS}) == len(SUBJECTS)
 
 
 @pytest.mark.parametrize(
@@ -19,4 +19,4 @@ def test_subjects_have_colours_of_their_own():
     ],
 )
 def test_labels_have_three_digits_or_no_point(value, text):
-    assert _number(value) == text
+    assert bar_label(value) == text
