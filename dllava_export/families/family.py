@@ -20,9 +20,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-
-from dllava_export import names
 from dllava_export.families.config_kinds import Kinds
 from dllava_export.families.positions import PositionRule, SequentialPositions
 from dllava_export.geometry import Geometry, PredictorConfig, PredictorGeometry
@@ -35,12 +32,10 @@ if TYPE_CHECKING:
 __all__ = [
     "ChatTemplate",
     "Family",
-    "ImageRows",
     "Layout",
     "ModelSpec",
     "OutsideTower",
     "Renames",
-    "RowInput",
     "Traceable",
 ]
 
@@ -103,33 +98,6 @@ class OutsideTower:
     stored_prefix: str
     config: Mapping[str, Any] | None
     renames: Renames
-
-
-@dataclasses.dataclass(frozen=True)
-class RowInput:
-    """An input of the decoder with an entry per row, beyond embeddings and `position_ids`.
-
-    Attributes:
-        name: Of the graph input, [batch, rows, ...]; its sizes stand in the traced example.
-        dtype: `int64`, or `float` for the type of the activations.
-    """
-
-    name: str
-    dtype: Literal["int64", "float"]
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageRows:
-    """What one image puts into a prompt.
-
-    Attributes:
-        features: [rows, hidden_size]. Stand in for token embeddings.
-        token_kind: [rows] int64: `names.IMAGE` for rows that may be dropped, else
-            `names.PROMPT_TEXT`.
-    """
-
-    features: np.ndarray
-    token_kind: np.ndarray
 
 
 def _same(name: str) -> str:
@@ -213,9 +181,9 @@ class ModelSpec(abc.ABC):
     def decoder(self) -> Traceable:
         """Return the decoder from embeddings to logits, causal without a mask.
 
-        Its first inputs are `inputs_embeds` [batch, rows, hidden_size] and `position_ids`
-        [batch, rows] int64, then the family's `row_inputs`; its output is `logits` [batch,
-        rows, vocab_size]. `model.embed_tokens.weight` is among its parameters.
+        Its inputs are `inputs_embeds` [batch, rows, hidden_size] and `position_ids` [batch,
+        rows] int64; its output is `logits` [batch, rows, vocab_size].
+        `model.embed_tokens.weight` is among its parameters.
         """
 
     @abc.abstractmethod
@@ -261,7 +229,6 @@ class Family(abc.ABC):
         title: What its checkpoints are called, for help and messages.
         architectures: `architectures` of the configurations it reads, for messages.
         positions: Its position rule.
-        row_inputs: What the decoder reads for each row besides embeddings and `position_ids`.
         config_kinds: What the values of its `config.json` may be, as for
             `config_file.check_kinds`: checked before anything else is asked of the family.
     """
@@ -270,7 +237,6 @@ class Family(abc.ABC):
     title: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
     positions: ClassVar[PositionRule] = SequentialPositions()
-    row_inputs: ClassVar[tuple[RowInput, ...]] = ()
     config_kinds: ClassVar[Kinds] = {}
 
     @abc.abstractmethod
@@ -334,12 +300,3 @@ class Family(abc.ABC):
             CheckpointError: If values are missing or impossible.
             SettingError: If `num_decoder_layers` is not in 1..num_hidden_layers.
         """
-
-    def image_rows(self, features: np.ndarray) -> list[ImageRows]:
-        """Return the prompt rows of each image.
-
-        Args:
-            features: [num_images, num_features, hidden_size]. What the visual graph gives.
-        """
-        kinds = np.full(features.shape[1], names.IMAGE, np.int64)
-        return [ImageRows(image, kinds) for image in features]

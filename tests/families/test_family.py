@@ -2,13 +2,10 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 import torch
 
-from dllava_export import names
 from dllava_export.families.family import Renames, Traceable
-from dllava_export.families.registry import FAMILIES
 
 RENAMES = Renames(
     (
@@ -54,10 +51,3 @@ def test_shapes_are_those_of_the_module_under_canonical_names():
     module = torch.nn.Linear(3, 2, device="meta")
     traceable = Traceable(module, (), {}, (), canonical=lambda name: f"projector.0.{name}")
     assert traceable.shapes() == {"projector.0.weight": (2, 3), "projector.0.bias": (2,)}
-
-
-def test_every_feature_of_an_image_is_a_row_of_kind_image():
-    features = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    rows = FAMILIES.get("llava").image_rows(features)
-    np.testing.assert_array_equal([row.features for row in rows], features)
-    assert [row.token_kind.tolist() for row in rows] == [[names.IMAGE] * 3] * 2
