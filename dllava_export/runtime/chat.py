@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from dllava_export.runtime.generation import (
     ExtendedRun,
     GenerationLoop,
     GenerationSettings,
+    Run,
     Stream,
     prompt_ids,
     start_run,
@@ -46,13 +48,13 @@ class Chat:
     any other use of it ends the chat.
 
     Attributes:
-        turns: What was said, oldest first.
+        turns: What was said, oldest first; a turn is there as soon as its question was fed.
     """
 
     def __init__(self, session: DecodingSession) -> None:
         self._session = session
-        self._num_prefills = -1
-        self.turns: list[Turn] = []
+        self._history = _History(session)
+        self.turns = self._history.turns
 
     def ask(
         self, question: str, image: ImageInput | None = None, **settings: Any
@@ -71,8 +73,9 @@ class Chat:
             SettingError: If a setting is out of range.
         """
         stream = self.stream(question, image, **settings)
-        for _ in stream:
-            pass
+        with contextlib.closing(stream):
+            for _ in stream:
+                pass
         return stream.result
 
     def stream(
@@ -86,39 +89,99 @@ class Chat:
                 "session.generate for single questions without a cache."
             )
         session = self._session
+        run: Run
         if not self.turns:
             images = None if image is None else [image]
             ids = prompt_ids(session, [question], images, None)
             # The caches must hold all turns to come: what they do not use costs nothing.
-            run = start_run(session, ids, images, _whole_context(session, chosen))
-            self._num_prefills = session.num_prefills + 1
+            whole = dataclasses.replace(chosen, max_new_tokens=session.max_length)
+            run = start_run(session, ids, images, whole)
         else:
             if image is not None:
                 raise InvalidInputError(
                     "A picture came with a later question; this model takes one with the first "
                     "question. Start a new chat."
                 )
-            self._check_own_caches()
-            run = ExtendedRun(session, self._follow_up(question))
-        loop = GenerationLoop(session, run, chosen)
-        self.turns.append(Turn(question, loop.results[0]))
-        return Stream(loop)
+            self._history.check_own_caches()
+            run = ExtendedRun(session, session.tokenizer.encode_follow_up(question))
+        turn = _TurnRun(self._history, question, run)
+        return Stream(GenerationLoop(session, turn, chosen))
 
-    def _check_own_caches(self) -> None:
+
+class _History:
+    """What a session's caches hold of a chat.
+
+    Attributes:
+        turns: See `Chat`.
+    """
+
+    def __init__(self, session: DecodingSession) -> None:
+        self._session = session
+        self._num_prefills = -1
+        self.turns: list[Turn] = []
+
+    def begin(self, number: int) -> list[int]:
+        """Return the tokens of the last answer that were not fed: they come first.
+
+        Called when a turn begins, which may be long after it was asked for.
+
+        Args:
+            number: Turns that there were when it was asked for.
+
+        Raises:
+            InvalidInputError: If other questions came in between, here or at the session.
+        """
+        if number != len(self.turns):
+            raise InvalidInputError(
+                f"This question was the chat's number {number + 1}, but {len(self.turns)} were "
+                "answered before its stream began. Begin to iterate over a stream before the "
+                "next question is asked."
+            )
+        if not self.turns:
+            return []
+        self.check_own_caches()
+        answer = self.turns[-1].answer
+        return answer.token_ids[answer.num_fed_tokens :]
+
+    def note(self, turn: Turn) -> None:
+        """Count a turn whose question is in the caches now."""
+        self._num_prefills = self._session.num_prefills
+        self.turns.append(turn)
+
+    def check_own_caches(self) -> None:
+        """Refuse to go on with caches that hold something else."""
         if self._session.num_prefills != self._num_prefills:
             raise InvalidInputError(
                 "The session answered something else since the last question, so its caches "
                 "no longer hold this conversation. Start a new chat, or load a second session."
             )
 
-    def _follow_up(self, question: str) -> np.ndarray:
-        """Return what is fed next: tokens of the last answer that were not, and the question."""
-        answer = self.turns[-1].answer
-        rest = np.array(answer.token_ids[answer.num_fed_tokens :], np.int64)
-        return np.concatenate([rest, self._session.tokenizer.encode_follow_up(question)])
 
+class _TurnRun(Run):
+    """A turn of a chat: what it is fed on top of is known when it begins, not before."""
 
-def _whole_context(
-    session: DecodingSession, settings: GenerationSettings
-) -> GenerationSettings:
-    return dataclasses.replace(settings, max_new_tokens=session.max_length)
+    batch = 1
+
+    def __init__(self, history: _History, question: str, run: Run) -> None:
+        self._history, self._question, self._run = history, question, run
+        self._number = len(history.turns)
+
+    def start(self, results: list[Generation]) -> np.ndarray:
+        """Feed the question, behind what is left of the answer before."""
+        rest = self._history.begin(self._number)
+        if isinstance(self._run, ExtendedRun):
+            self._run.put_in_front(rest)
+        logits = self._run.start(results)
+        self._history.note(Turn(self._question, results[0]))
+        return logits
+
+    @property
+    def is_full(self) -> np.ndarray:
+        """See `Run`."""
+        return self._run.is_full
+
+    def step(
+        self, tokens: np.ndarray, active: np.ndarray, results: list[Generation]
+    ) -> np.ndarray:
+        """Feed a token."""
+        return self._run.step(tokens, active, results)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -154,6 +155,8 @@ class GenerationLoop:
         self, session: DecodingSession, run: Run, settings: GenerationSettings
     ) -> None:
         self._run = run
+        self._use = session.use
+        self._is_cancelled = False
         self._sampler = settings.sampler()
         self._max_new_tokens = settings.max_new_tokens
         self._eos = set(session.eos_token_ids)
@@ -165,28 +168,56 @@ class GenerationLoop:
         self.results = [Generation() for _ in range(run.batch)]
         self._active = np.ones(run.batch, bool)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Generator[Piece, None, None]:
         """Generate until every sample is finished, and give each token as it comes.
 
-        Closing the iterator ends the generation; what came until then stays in `results`.
+        Closing the iterator ends the generation; what came until then stays in `results`. It
+        holds the session until its end: see `SessionUse`.
+
+        Raises:
+            InvalidInputError: If the thread is in the middle of another answer of the session,
+                or the session is closed.
+            BackendError: If the model gives logits that are not finite.
         """
+        with self._use.generation():
+            try:
+                yield from self._steps()
+            except BaseException as error:
+                reason = "cancelled" if isinstance(error, GeneratorExit) else "error"
+                self.end(reason)
+                raise
+            self.end("cancelled")
+
+    def cancel(self) -> None:
+        """End the generation behind the token that is being computed."""
+        self._is_cancelled = True
+
+    def end(self, reason: str) -> None:
+        """Note why the samples ended that are not finished."""
+        for sample in np.flatnonzero(self._active):
+            self.results[sample].finish_reason = reason
+        self._active[:] = False
+
+    def _steps(self) -> Iterator[Piece]:
         start = time.perf_counter()
         prefill_seconds = 0.0
         try:
-            logits = self._run.start(self.results)
+            with self._use.step():
+                logits = self._run.start(self.results)
             prefill_seconds = time.perf_counter() - start
             start = time.perf_counter()
             while True:
                 tokens = self._sampler.sample(logits)
-                yield from self._accept(tokens)
+                for piece in self._accept(tokens):
+                    yield piece
+                    self._use.go_on()
+                    if self._is_cancelled:
+                        return
                 self._active &= ~self._run.is_full
                 if not self._active.any():
                     break
-                logits = self._run.step(tokens, self._active, self.results)
-        except GeneratorExit:
-            for sample in np.flatnonzero(self._active):
-                self.results[sample].finish_reason = "cancelled"
-            raise
+                with self._use.step():
+                    logits = self._run.step(tokens, self._active, self.results)
         finally:
             for result, decoder in zip(self.results, self._decoders, strict=True):
                 result.text += decoder.flush() if decoder is not None else ""
@@ -211,25 +242,46 @@ class GenerationLoop:
 class Stream(Iterator[Piece]):
     """An answer that is being generated: iterate over its pieces, or close it to end it.
 
+    From the first piece on it holds the session, until it ends, is closed, or is dropped. Its
+    pieces may be taken by different threads, one after the other.
+
     Attributes:
         result: The answer so far; complete when the iteration has ended.
     """
 
     def __init__(self, loop: GenerationLoop) -> None:
+        self._loop = loop
         self._pieces = loop.pieces()
+        self._advancing = threading.Lock()
         self.result = loop.results[0]
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        if not self._advancing.acquire(blocking=False):
+            raise InvalidInputError(
+                "Another thread is taking the next piece of this stream; expected one at a "
+                "time. Let a single thread iterate, or put a lock around next()."
+            )
+        try:
+            return next(self._pieces)
+        finally:
+            self._advancing.release()
 
     def close(self) -> None:
-        """End the generation; `result` keeps what came, with finish_reason `cancelled`."""
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            close()
+        """End the generation; `result` keeps what came, with finish_reason `cancelled`.
+
+        It may be called from any thread. Where another one is taking the next piece, that piece
+        is the last.
+        """
+        self._loop.cancel()
+        if self._advancing.acquire(blocking=False):
+            try:
+                self._pieces.close()
+                self._loop.end("cancelled")  # where it had not begun
+            finally:
+                self._advancing.release()
 
 
 class CachedRun(Run):
@@ -287,6 +339,10 @@ class ExtendedRun(CachedRun):
 
     def __init__(self, session: DecodingSession, ids: np.ndarray) -> None:
         super().__init__(session, [ids], None, 0)
+
+    def put_in_front(self, token_ids: Sequence[int]) -> None:
+        """Feed these before the prompt."""
+        self._ids = [np.concatenate([np.array(token_ids, np.int64), self._ids[0]])]
 
     def start(self, results: list[Generation]) -> np.ndarray:
         """Feed the prompt."""

@@ -100,8 +100,8 @@ class Generation:
     Attributes:
         text: The answer; empty without a tokenizer.
         token_ids: Generated ids, the end-of-sequence id not among them.
-        finish_reason: `stop` (end of sequence), `length` (max_new_tokens or cache full) or
-            `cancelled` (the stream was closed).
+        finish_reason: `stop` (end of sequence), `length` (max_new_tokens or cache full),
+            `cancelled` (the stream was closed) or `error` (an exception ended it).
         num_prompt_tokens: Prompt rows, image tokens included.
         num_image_tokens: Image tokens before selection; 0 without an image.
         num_kept_image_tokens: Image tokens after it.

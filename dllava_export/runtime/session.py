@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -31,6 +32,11 @@ class Session(DecodingSession):
 
     `generate` gives whole answers, `stream` one piece by piece, `chat` a conversation. What
     they are made of is public too, see `DecodingSession`.
+
+    One caller uses a session at a time. A second thread's `generate`, `stream` or `Chat.ask`
+    waits until the whole answer before is there; asked from `on_token`, or by the thread that
+    is taking the pieces of a stream, it is refused with `InvalidInputError`, since it would
+    wait for itself.
     """
 
     @overload
@@ -89,14 +95,15 @@ class Session(DecodingSession):
             seed: For sampling; each sample of a batch has its own stream.
             mode: `cache`, or `recompute` for a pass without KV cache per token.
             on_token: Called with (sample, token id, text) as tokens come; text is empty
-                while it is incomplete, or without a tokenizer.
+                while it is incomplete, or without a tokenizer. It must not use the session.
             **settings: Those of the overloads: `max_new_tokens` to `mode`.
 
         Returns:
             One `Generation` per prompt, each equal to what the prompt gives alone.
 
         Raises:
-            InvalidInputError: If prompts and images do not fit.
+            InvalidInputError: If prompts and images do not fit, the thread is in the middle
+                of another answer, or the session is closed.
             CapacityError: If a prompt is too long.
             SettingError: If a setting is out of range.
         """
@@ -115,9 +122,11 @@ class Session(DecodingSession):
             )
         else:
             loop = self._loop(prompts, images, input_ids, chosen)
-        for piece in loop.pieces():
-            if on_token is not None:
-                on_token(piece.sample, piece.token_id, piece.text)
+        # An error of on_token's must not leave the session to a generation that is over.
+        with contextlib.closing(loop.pieces()) as pieces:
+            for piece in pieces:
+                if on_token is not None:
+                    on_token(piece.sample, piece.token_id, piece.text)
         return loop.results[0] if isinstance(prompts, str) else loop.results
 
     def stream(

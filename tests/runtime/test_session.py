@@ -172,14 +172,17 @@ def test_decode_fills_the_cache_to_the_last_planned_token(bundles):
     for token in random_tokens(3, batch=2):
         assert not session.is_full.any()
         session.decode(token)
-    assert session.is_full.tolist() == [True, False]
-    with pytest.raises(CapacityError, match=r"cache of sample 0 is full at 13 tokens\. Allow"):
+    assert session.is_full.tolist() == [True, True]
+    with pytest.raises(
+        CapacityError,
+        match=r"sample 0 is full at 13 tokens\. End the answer, or prefill with a larger max_new",
+    ):
         session.decode([5, 5])
 
 
 def test_a_finished_sample_may_be_full_and_does_not_change(bundles):
-    session = bundles.session("mha")
-    session.prefill([PROMPT, PROMPT[:4]], max_new_tokens=2)
+    session = bundles.fresh_session("mha", max_length=12)
+    session.prefill([PROMPT, PROMPT[:4]])
     for token in random_tokens(2, batch=2):
         session.decode(token)
     before = [part[0, :, :12].copy() for i in range(4) for part in session.cache(i)]
