@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dllava_export.errors import InvalidInputError
+from dllava_export.prompts.prompt_text import checked_text
 from dllava_export.runtime.generation import (
     ExtendedRun,
     GenerationLoop,
@@ -103,6 +104,7 @@ class Chat:
                     "question. Start a new chat."
                 )
             self._history.check_own_caches()
+            question = checked_text(question, "The question")
             run = ExtendedRun(session, session.tokenizer.encode_follow_up(question))
         turn = _TurnRun(self._history, question, run)
         return Stream(GenerationLoop(session, turn, chosen))
@@ -118,6 +120,7 @@ class _History:
     def __init__(self, session: DecodingSession) -> None:
         self._session = session
         self._num_prefills = -1
+        self._fed: list[np.ndarray] = []
         self.turns: list[Turn] = []
 
     def begin(self, number: int) -> list[int]:
@@ -143,10 +146,22 @@ class _History:
         answer = self.turns[-1].answer
         return answer.token_ids[answer.num_fed_tokens :]
 
-    def note(self, turn: Turn) -> None:
-        """Count a turn whose question is in the caches now."""
+    def note(self, turn: Turn, fed: np.ndarray) -> None:
+        """Count a turn whose question is in the caches now.
+
+        Args:
+            turn: The turn.
+            fed: [t] int64, what was fed for its question.
+        """
         self._num_prefills = self._session.num_prefills
         self.turns.append(turn)
+        self._fed.append(fed)
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[t] int64, everything that was fed or generated."""
+        answers = [np.array(turn.answer.token_ids, np.int64) for turn in self.turns]
+        return np.concatenate([*self._fed, *answers])
 
     def check_own_caches(self) -> None:
         """Refuse to go on with caches that hold something else."""
@@ -166,13 +181,19 @@ class _TurnRun(Run):
         self._history, self._question, self._run = history, question, run
         self._number = len(history.turns)
 
+    @property
+    def prompts(self) -> list[np.ndarray]:
+        """See `Run`."""
+        return [self._history.token_ids]
+
     def start(self, results: list[Generation]) -> np.ndarray:
         """Feed the question, behind what is left of the answer before."""
         rest = self._history.begin(self._number)
         if isinstance(self._run, ExtendedRun):
             self._run.put_in_front(rest)
         logits = self._run.start(results)
-        self._history.note(Turn(self._question, results[0]))
+        (fed,) = self._run.prompts
+        self._history.note(Turn(self._question, results[0]), fed)
         return logits
 
     @property

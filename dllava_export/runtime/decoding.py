@@ -16,13 +16,15 @@ from dllava_export import names
 from dllava_export.backends.backend import Backend, StepInputs
 from dllava_export.backends.kv_plan import KVPlan, plan_kv_cache
 from dllava_export.bundles.manifest import Manifest
-from dllava_export.errors import InvalidInputError, SettingError
+from dllava_export.errors import InvalidInputError
 from dllava_export.prompts.placeholders import check_prompt
-from dllava_export.prompts.reader import PromptReader, Prompts
+from dllava_export.prompts.reader import AttentionMask, PromptReader, Prompts
 from dllava_export.prompts.rows import PromptRows, assemble_prompt
+from dllava_export.prompts.token_ids import CheckedPrompts, checked_ids
 from dllava_export.runtime.results import DecodeResult, PrefillResult, RecomputeResult
 from dllava_export.runtime.session_use import SessionUse
 from dllava_export.runtime.slots import Slots
+from dllava_export.settings import whole_number
 
 if TYPE_CHECKING:
     from dllava_export.prompts.images import ImageProcessor
@@ -142,7 +144,7 @@ class DecodingSession:
         Raises:
             InvalidInputError: If an id is outside the vocabulary, or there is no table.
         """
-        return self._reader.lookup(token_ids)
+        return self._reader.lookup(checked_ids(token_ids, "token_ids"))
 
     def fill(self, num_tokens: int) -> None:
         """Leave the caches as so many generated tokens would, the expected share of them kept.
@@ -154,6 +156,7 @@ class DecodingSession:
         Args:
             num_tokens: Tokens that each sample seems to have generated.
         """
+        num_tokens = whole_number("num_tokens", num_tokens, 0)
         sparsity = self.manifest.sparsity
         rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0
         with self._use:
@@ -170,10 +173,21 @@ class DecodingSession:
 
         Args:
             cache_lengths: [layers, batch] int64, as the property returned it.
+
+        Raises:
+            InvalidInputError: If they are no such lengths, or longer than they are now.
         """
         with self._use:
             self._use.check_filled_here()
-            self._slots.rewind(cache_lengths)
+            lengths = checked_ids(cache_lengths, "cache_lengths")
+            now = self._slots.cache_lengths
+            if lengths.shape != now.shape or ((lengths < 0) | (lengths > now)).any():
+                raise InvalidInputError(
+                    f"rewind got cache_lengths of shape {[*lengths.shape]} up to "
+                    f"{lengths.max(initial=0)}, expected {[*now.shape]} of them, none beyond "
+                    f"what they are now ({now.max()} at most). Pass what the property returned."
+                )
+            self._slots.rewind(lengths)
 
     def prefill(
         self,
@@ -181,28 +195,33 @@ class DecodingSession:
         pixel_values: np.ndarray | None = None,
         *,
         image_features: np.ndarray | None = None,
+        attention_mask: AttentionMask | None = None,
         max_new_tokens: int | None = None,
     ) -> PrefillResult:
         """Feed new prompts; whatever was cached before is dropped.
 
         Args:
-            input_ids: [batch, t] int64, or one array per sample. -200 or the tokenizer's image
-                token stands for the image.
+            input_ids: [batch, t] int64, one array per sample, or [t] of a single one. -200 or
+                the tokenizer's image token stands for the image.
             pixel_values: [num_images, 3, image_size, image_size] float32, one for each sample
                 with a placeholder, in order.
             image_features: [num_images, num_image_tokens, hidden_size], instead of pixels.
+            attention_mask: [batch, t] of 0 and 1, needed where `input_ids` is padded, on
+                whichever side: 0 where the padding is.
             max_new_tokens: Tokens that will follow at most, answers and further prompts;
                 as many as `max_length` allows by default. Sizes the caches.
 
         Raises:
             InvalidInputError: If prompts and images do not fit the bundle or each other.
             CapacityError: If a prompt is longer than `max_length`.
-            SettingError: If `max_new_tokens` is negative.
+            SettingError: If `max_new_tokens` is no whole number, or negative.
         """
-        if max_new_tokens is not None and max_new_tokens < 0:
-            raise SettingError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
+        if max_new_tokens is not None:
+            max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 0)
         with self._use:
-            rows = self._reader.rows(input_ids, pixel_values, image_features)
+            rows = self._reader.rows(
+                input_ids, pixel_values, image_features, attention_mask=attention_mask
+            )
             kept_lengths = self._reader.kept_lengths(rows)
             self._slots.allocate(self._plans(rows.lengths, kept_lengths, max_new_tokens))
             self.num_prefills += 1
@@ -249,7 +268,7 @@ class DecodingSession:
         with self._use:
             self._use.check_filled_here()
             batch = self._slots.plan.batch
-            ids = np.asarray(token_ids, np.int64)
+            ids = checked_ids(token_ids, "token_ids")
             if ids.shape != (batch,):
                 raise InvalidInputError(
                     f"decode got token ids of shape {ids.shape}, expected ({batch},): one for "
@@ -258,11 +277,14 @@ class DecodingSession:
             step = self._slots.step(self._reader.lookup(ids), active)
             return DecodeResult(step.logits, step.keep, step.forced, self._slots.cache_lengths)
 
-    def extend(self, input_ids: Prompts) -> PrefillResult:
+    def extend(
+        self, input_ids: Prompts, *, attention_mask: AttentionMask | None = None
+    ) -> PrefillResult:
         """Feed a further prompt on top of the caches; all its rows are stored.
 
         Args:
-            input_ids: [batch, t] int64, or one array per sample; text only.
+            input_ids: As for prefill; text only.
+            attention_mask: As for prefill.
 
         Returns:
             As prefill; `kept_image_indices` is empty.
@@ -273,11 +295,13 @@ class DecodingSession:
         """
         with self._use:
             self._use.check_filled_here()
-            return self._extend(input_ids)
+            return self._extend(input_ids, attention_mask)
 
-    def _extend(self, input_ids: Prompts) -> PrefillResult:
+    def _extend(
+        self, input_ids: Prompts, attention_mask: AttentionMask | None
+    ) -> PrefillResult:
         batch = self._slots.plan.batch
-        prompts = self._reader.normalised(input_ids)
+        prompts = self._reader.normalised(input_ids, attention_mask)
         if len(prompts) != batch:
             raise InvalidInputError(
                 f"extend got {len(prompts)} prompts, expected {batch}: one for each sample of "
@@ -301,6 +325,7 @@ class DecodingSession:
         output_ids: np.ndarray | None = None,
         *,
         image_features: np.ndarray | None = None,
+        attention_mask: AttentionMask | None = None,
     ) -> RecomputeResult:
         """Run prompt and answer so far in one pass without a cache.
 
@@ -309,13 +334,15 @@ class DecodingSession:
             pixel_values: As for prefill.
             output_ids: [batch, j] int64, the answer so far; none by default.
             image_features: As for prefill.
+            attention_mask: As for prefill; of `input_ids`.
 
         Raises:
             InvalidInputError: If inputs do not fit the bundle or each other.
             CapacityError: If a prompt is longer than `max_length`.
         """
         with self._use:
-            return self._recompute(input_ids, pixel_values, output_ids, image_features)
+            prompts = self._reader.normalised(input_ids, attention_mask)
+            return self._recompute(prompts, pixel_values, output_ids, image_features)
 
     def _recompute(
         self,
@@ -326,7 +353,7 @@ class DecodingSession:
     ) -> RecomputeResult:
         outputs = None
         if output_ids is not None:
-            outputs = np.asarray(output_ids, np.int64)
+            outputs = checked_ids(output_ids, "output_ids")
             if outputs.ndim != 2:
                 raise InvalidInputError(
                     f"output_ids has shape {outputs.shape}, expected [batch, j]."
@@ -362,9 +389,14 @@ class DecodingSession:
         with self._use:
             return self._backend.encode_images(self._reader.checked_pixels(pixel_values))
 
-    def normalised_prompts(self, input_ids: Prompts) -> list[np.ndarray]:
-        """Return one int64 array per sample, with -200 as the only image placeholder."""
-        return self._reader.normalised(input_ids)
+    def normalised_prompts(
+        self, input_ids: Prompts, attention_mask: AttentionMask | None = None
+    ) -> CheckedPrompts:
+        """Return one int64 array per sample, with -200 as the only image placeholder.
+
+        Methods that take `input_ids` take the result as it is: nothing in it is padding.
+        """
+        return self._reader.normalised(input_ids, attention_mask)
 
 
 def _kept_image_indices(

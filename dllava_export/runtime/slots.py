@@ -19,6 +19,7 @@ from dllava_export.backends.backend import Backend, StepInputs, StepOutputs
 from dllava_export.backends.kv_plan import SPARE_ROWS, KVPlan, joint_plan
 from dllava_export.errors import CapacityError, InvalidInputError
 from dllava_export.prompts.rows import PromptRows
+from dllava_export.prompts.token_ids import checked_mask
 
 __all__ = ["SlotStep", "Slots"]
 
@@ -348,12 +349,8 @@ def _all_slots(num_slots: int) -> _FedSlots:
 
 
 def _some_slots(active: np.ndarray, num_slots: int) -> _FedSlots:
-    is_active = np.array(active, bool)
-    if is_active.shape != (num_slots,):
-        raise InvalidInputError(
-            f"active has shape {is_active.shape}, expected ({num_slots},): one for each sample."
-        )
-    return _fed_slots(is_active)
+    # Copied: a caller may write into its own before the next step.
+    return _fed_slots(checked_mask(active, "active", (num_slots,)).copy())
 
 
 def _fed_slots(is_active: np.ndarray) -> _FedSlots:

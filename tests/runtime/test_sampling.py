@@ -102,7 +102,7 @@ def test_empty_batch():
     ("settings", "message"),
     [
         ({"temperature": -0.1}, r"temperature must be at least 0 and finite, got -0\.1\."),
-        ({"temperature": float("nan")}, "temperature must be at least 0 and finite, got nan"),
+        ({"temperature": float("nan")}, "temperature must be a finite number, got nan"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0\."),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1\.1\."),
         ({"seed": -1}, r"seed must be at least 0, got -1\."),
