@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from dllava_export.backends.registry import DEFAULT_BACKEND
+from dllava_export.boundary import raises_expected_errors_only
 from dllava_export.extras import missing_packages_explained
 from dllava_export.settings import settings_from
 
@@ -44,18 +45,22 @@ R = TypeVar("R")
 StrPath = str | Path
 
 
-def _public(function: Callable[P, R]) -> Callable[P, R]:
+def _needs_extra(extra: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a package that is missing be explained by an error of ours."""
 
-    @functools.wraps(function)
-    def explained(*args: P.args, **kwargs: P.kwargs) -> R:
-        with missing_packages_explained(function.__name__):
-            return function(*args, **kwargs)
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def explained(*args: P.args, **kwargs: P.kwargs) -> R:
+            with missing_packages_explained(function.__name__, extra):
+                return function(*args, **kwargs)
 
-    return explained
+        return explained
+
+    return decorated
 
 
-@_public
+@raises_expected_errors_only
+@_needs_extra("export")
 def export(
     checkpoint: StrPath | Checkpoint,
     out: StrPath,
@@ -132,7 +137,8 @@ def export(
     )
 
 
-@_public
+@raises_expected_errors_only
+@_needs_extra("export")
 def sparsify(
     dense: StrPath,
     out: StrPath,
@@ -185,7 +191,8 @@ def sparsify(
     return sparsify_decoder(dense, out, options, predictors=predictors, progress=progress)
 
 
-@_public
+@raises_expected_errors_only
+@_needs_extra("export")
 def build(
     bundle: StrPath,
     backend: str,
@@ -219,7 +226,8 @@ def build(
     return factory.build(Path(bundle), settings, dry_run=dry_run, progress=progress)
 
 
-@_public
+@raises_expected_errors_only
+@_needs_extra("export")
 def validate(
     bundle: StrPath, *, image: str | None = None, prompt: str | None = None, **settings: Any
 ) -> ValidationReport:
@@ -250,6 +258,7 @@ def validate(
     return validate_bundle(bundle, chosen, image=image, prompt=prompt)
 
 
+@raises_expected_errors_only
 def evaluate(
     bundles: StrPath | Sequence[StrPath],
     data: StrPath,
@@ -298,6 +307,7 @@ def evaluate(
     )
 
 
+@raises_expected_errors_only
 def inspect(
     bundle: StrPath,
     *,
@@ -330,6 +340,7 @@ def inspect(
     )
 
 
+@raises_expected_errors_only
 def plan(bundle: StrPath, **request: Any) -> MemoryPlan:
     """Work out what a bundle takes of a GPU's memory, and the largest batch that fits.
 
@@ -350,7 +361,8 @@ def plan(bundle: StrPath, **request: Any) -> MemoryPlan:
     return plan_memory(bundle, settings_from(PlanRequest, request))
 
 
-@_public
+@raises_expected_errors_only
+@_needs_extra("export")
 def bench(bundle: StrPath, *, progress: bool = False, **settings: Any) -> BenchReport:
     """Time a bundle against its dense form and transformers, in one run, interleaved.
 
@@ -373,6 +385,7 @@ def bench(bundle: StrPath, *, progress: bool = False, **settings: Any) -> BenchR
     return run_bench(bundle, settings_from(BenchSettings, settings), progress=progress)
 
 
+@raises_expected_errors_only
 def visualize(
     bundle: StrPath,
     output: StrPath,
@@ -424,7 +437,8 @@ def visualize(
     return trace
 
 
-@_public
+@raises_expected_errors_only
+@_needs_extra("train")
 def train_predictors(
     checkpoint: StrPath | Checkpoint,
     data: StrPath,

@@ -12,6 +12,7 @@ import numpy as np
 
 from dllava_export.errors import BundleError, InvalidInputError, SettingError
 from dllava_export.families.config_file import read_json
+from dllava_export.families.config_kinds import GENERATION_KINDS, TOKENIZER_KINDS
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.placeholders import _shortened
 
@@ -355,7 +356,10 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 def _settings(path: pathlib.Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty where there is no file."""
-    return read_json(path, "a folder with a tokenizer", BundleError) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    kinds = {**TOKENIZER_KINDS, **GENERATION_KINDS}
+    return read_json(path, "a folder with a tokenizer", BundleError, kinds=kinds)
 
 
 def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, bool]:
@@ -368,11 +372,11 @@ def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, 
             f"Folder {folder} has no tokenizer: expected tokenizer.json or tokenizer.model. "
             "Copy the tokenizer files from the checkpoint."
         )
-    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
-
-    loader: Any = PreTrainedTokenizerFast if has_json else LlamaTokenizer
     try:
         with _quiet_transformers():
+            from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+            loader: Any = PreTrainedTokenizerFast if has_json else LlamaTokenizer
             tokenizer = loader.from_pretrained(folder, local_files_only=True)
             starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     # The Rust and the SentencePiece reader raise plain Exception and RuntimeError.
@@ -395,7 +399,10 @@ def _eos_token_ids(folder: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from warning about model types it does not know: it need not."""
+    """Keep transformers from warning of model types and packages that it does not need."""
+    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # asked when transformers is imported
+    before = os.environ.get(advice)
+    os.environ[advice] = "1"
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -404,3 +411,5 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if before is None:
+            del os.environ[advice]

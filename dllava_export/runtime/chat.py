@@ -46,7 +46,8 @@ class Chat:
 
     The first turn may bring a picture. Later ones feed their question alone: what was said
     before stays in the caches, pruned as it was. A session holds one conversation at a time:
-    any other use of it ends the chat.
+    any other use of it ends the chat. A new question ends an answer that the same thread still
+    streams; one of another thread waits for the answer's end.
 
     Attributes:
         turns: What was said, oldest first; a turn is there as soon as its question was fed.
@@ -55,6 +56,7 @@ class Chat:
     def __init__(self, session: DecodingSession) -> None:
         self._session = session
         self._history = _History(session)
+        self._stream: Stream | None = None
         self.turns = self._history.turns
 
     def ask(
@@ -89,25 +91,11 @@ class Chat:
                 f"A chat keeps what was said in the KV cache, but mode is {chosen.mode!r}. Use "
                 "session.generate for single questions without a cache."
             )
-        session = self._session
-        run: Run
-        if not self.turns:
-            images = None if image is None else [image]
-            ids = prompt_ids(session, [question], images, None)
-            # The caches must hold all turns to come: what they do not use costs nothing.
-            whole = dataclasses.replace(chosen, max_new_tokens=session.max_length)
-            run = start_run(session, ids, images, whole)
-        else:
-            if image is not None:
-                raise InvalidInputError(
-                    "A picture came with a later question; this model takes one with the first "
-                    "question. Start a new chat."
-                )
-            self._history.check_own_caches()
-            question = checked_text(question, "The question")
-            run = ExtendedRun(session, session.tokenizer.encode_follow_up(question))
-        turn = _TurnRun(self._history, question, run)
-        return Stream(GenerationLoop(session, turn, chosen))
+        if self._stream is not None and self._session.use.is_in_this_thread:
+            self._stream.close()
+        turn = _TurnRun(self._history, checked_text(question, "The question"), image, chosen)
+        self._stream = Stream(GenerationLoop(self._session, turn, chosen))
+        return self._stream
 
 
 class _History:
@@ -123,28 +111,37 @@ class _History:
         self._fed: list[np.ndarray] = []
         self.turns: list[Turn] = []
 
-    def begin(self, number: int) -> list[int]:
-        """Return the tokens of the last answer that were not fed: they come first.
-
-        Called when a turn begins, which may be long after it was asked for.
-
-        Args:
-            number: Turns that there were when it was asked for.
+    def run(
+        self, question: str, image: ImageInput | None, settings: GenerationSettings
+    ) -> Run:
+        """Return what answers a question as the next one.
 
         Raises:
-            InvalidInputError: If other questions came in between, here or at the session.
+            InvalidInputError: If it brings a picture and is not the first, or the caches hold
+                something else.
         """
-        if number != len(self.turns):
-            raise InvalidInputError(
-                f"This question was the chat's number {number + 1}, but {len(self.turns)} were "
-                "answered before its stream began. Begin to iterate over a stream before the "
-                "next question is asked."
-            )
+        session = self._session
         if not self.turns:
-            return []
-        self.check_own_caches()
+            images = None if image is None else [image]
+            ids = prompt_ids(session, [question], images, None)
+            # The caches must hold all turns to come: what they do not use costs nothing.
+            whole = dataclasses.replace(settings, max_new_tokens=session.max_length)
+            return start_run(session, ids, images, whole)
+        if image is not None:
+            raise InvalidInputError(
+                "A picture came with a later question; this model takes one with the first "
+                "question. Start a new chat."
+            )
+        if session.num_prefills != self._num_prefills:
+            raise InvalidInputError(
+                "The session answered something else since the last question, so its caches "
+                "no longer hold this conversation. Start a new chat, or load a second session."
+            )
         answer = self.turns[-1].answer
-        return answer.token_ids[answer.num_fed_tokens :]
+        # Tokens of the last answer that were not fed come first.
+        rest = np.array(answer.token_ids[answer.num_fed_tokens :], np.int64)
+        follow_up = session.tokenizer.encode_follow_up(question)
+        return ExtendedRun(session, np.concatenate([rest, follow_up]))
 
     def note(self, turn: Turn, fed: np.ndarray) -> None:
         """Count a turn whose question is in the caches now.
@@ -163,23 +160,25 @@ class _History:
         answers = [np.array(turn.answer.token_ids, np.int64) for turn in self.turns]
         return np.concatenate([*self._fed, *answers])
 
-    def check_own_caches(self) -> None:
-        """Refuse to go on with caches that hold something else."""
-        if self._session.num_prefills != self._num_prefills:
-            raise InvalidInputError(
-                "The session answered something else since the last question, so its caches "
-                "no longer hold this conversation. Start a new chat, or load a second session."
-            )
-
 
 class _TurnRun(Run):
     """A turn of a chat: what it is fed on top of is known when it begins, not before."""
 
     batch = 1
 
-    def __init__(self, history: _History, question: str, run: Run) -> None:
-        self._history, self._question, self._run = history, question, run
-        self._number = len(history.turns)
+    def __init__(
+        self,
+        history: _History,
+        question: str,
+        image: ImageInput | None,
+        settings: GenerationSettings,
+    ) -> None:
+        self._history, self._question = history, question
+        self._image, self._settings = image, settings
+        self._run = self._as_next()  # what is wrong with it shows at once
+
+    def _as_next(self) -> Run:
+        return self._history.run(self._question, self._image, self._settings)
 
     @property
     def prompts(self) -> list[np.ndarray]:
@@ -188,9 +187,7 @@ class _TurnRun(Run):
 
     def start(self, results: list[Generation]) -> np.ndarray:
         """Feed the question, behind what is left of the answer before."""
-        rest = self._history.begin(self._number)
-        if isinstance(self._run, ExtendedRun):
-            self._run.put_in_front(rest)
+        self._run = self._as_next()
         logits = self._run.start(results)
         (fed,) = self._run.prompts
         self._history.note(Turn(self._question, results[0]), fed)

@@ -14,7 +14,7 @@ import numpy as np
 
 from dllava_export import names
 from dllava_export.backends.backend import Backend, StepInputs
-from dllava_export.backends.kv_plan import KVPlan, plan_kv_cache
+from dllava_export.backends.kv_plan import KVPlan, joint_plan, plan_kv_cache
 from dllava_export.bundles.manifest import Manifest
 from dllava_export.errors import InvalidInputError
 from dllava_export.prompts.placeholders import check_prompt
@@ -223,7 +223,8 @@ class DecodingSession:
                 input_ids, pixel_values, image_features, attention_mask=attention_mask
             )
             kept_lengths = self._reader.kept_lengths(rows)
-            self._slots.allocate(self._plans(rows.lengths, kept_lengths, max_new_tokens))
+            plans = self._plans(rows.lengths, kept_lengths, max_new_tokens)
+            self._slots.allocate(joint_plan(plans), plans)
             self.num_prefills += 1
             self._use.note_filled()
             outputs = self._slots.admit(rows, kept_lengths)

@@ -481,11 +481,6 @@ class ExtendedRun(CachedRun):
     def __init__(self, session: DecodingSession, ids: np.ndarray) -> None:
         super().__init__(session, CheckedPrompts([ids]), None, 0)
 
-    def put_in_front(self, token_ids: Sequence[int]) -> None:
-        """Feed these before the prompt."""
-        in_front = np.array(token_ids, np.int64)
-        self._ids = CheckedPrompts([np.concatenate([in_front, self._ids[0]])])
-
     def start(self, results: list[Generation]) -> np.ndarray:
         """Feed the prompt."""
         results[0].num_prompt_tokens = len(self._ids[0])

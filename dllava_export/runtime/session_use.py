@@ -40,7 +40,7 @@ class SessionUse:
                 closed.
         """
         self.check_open()
-        if self._generating_thread == threading.get_ident():
+        if self.is_in_this_thread:
             raise InvalidInputError(
                 "This thread is in the middle of another answer of this session, which one "
                 "caller uses at a time: the call would wait for itself. Iterate to the end of "
@@ -54,6 +54,11 @@ class SessionUse:
                 yield
             finally:
                 self._generating_thread = None
+
+    @property
+    def is_in_this_thread(self) -> bool:
+        """Whether the running thread is in the middle of a generation."""
+        return self._generating_thread == threading.get_ident()
 
     def go_on(self) -> None:
         """Note that the generation is in the hands of the running thread now."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from dllava_export import names
 from dllava_export.backends.backend import Backend, StepInputs, StepOutputs
-from dllava_export.backends.kv_plan import SPARE_ROWS, KVPlan, joint_plan
+from dllava_export.backends.kv_plan import SPARE_ROWS, KVPlan
 from dllava_export.errors import CapacityError, InvalidInputError
 from dllava_export.prompts.rows import PromptRows
 from dllava_export.prompts.token_ids import checked_mask
@@ -47,7 +47,8 @@ class Slots:
     Args:
         backend: What runs the graphs.
         max_length: Tokens that a slot may have, prompt and answer together.
-        most_positions: Tokens that the model takes: the largest `max_length` there is.
+        most_positions: Tokens that the model takes: the largest `max_length` there is, and
+            that where None.
 
     Attributes:
         write_indices: Cache group → [slots] int64, valid rows.
@@ -57,10 +58,12 @@ class Slots:
         is_busy: [slots] bool, true from `admit` to `release`.
     """
 
-    def __init__(self, backend: Backend, max_length: int, most_positions: int) -> None:
+    def __init__(
+        self, backend: Backend, max_length: int, most_positions: int | None = None
+    ) -> None:
         self._backend = backend
         self._max_length = max_length
-        self._most_positions = most_positions
+        self._most_positions = most_positions or max_length
         self._plan: KVPlan | None = None
         self.write_indices: dict[str, np.ndarray] = {}
         self.limits: dict[str, np.ndarray] = {}
@@ -100,9 +103,14 @@ class Slots:
             lengths[group.layers] = self.write_indices[group.name]
         return lengths
 
-    def allocate(self, plans: Sequence[KVPlan]) -> None:
-        """Make idle slots, one for each plan; what was in the caches is dropped."""
-        plan = joint_plan(plans)
+    def allocate(self, plan: KVPlan, own: Sequence[KVPlan] | None = None) -> None:
+        """Make `plan.batch` idle slots; what was in the caches is dropped.
+
+        Args:
+            plan: The buffers.
+            own: What each slot may use of them; all of it where None.
+        """
+        own = [plan] * plan.batch if own is None else own
         self._backend.allocate(plan)
         self._plan = self._backend.plan  # an engine's buffers may be larger
         self.write_indices = {
@@ -117,10 +125,10 @@ class Slots:
             {
                 group.name: np.array(
                     [
-                        min(own.capacities[group.name] - SPARE_ROWS, self._max_length)
+                        min(one.capacities[group.name] - SPARE_ROWS, self._max_length)
                         if group.name == first
-                        else own.capacities[group.name] - SPARE_ROWS
-                        for own in plans
+                        else one.capacities[group.name] - SPARE_ROWS
+                        for one in own
                     ],
                     np.int64,
                 )
@@ -271,9 +279,10 @@ class Slots:
         room = self.limits[plan.groups[0].name]
         needed = self.num_rows + lengths
         for slot in np.flatnonzero(needed > room):
+            remedy = self._remedy(int(room[slot]), ", or allow more with ")
             raise CapacityError(
                 f"With this prompt the conversation has {needed[slot]} tokens, its KV cache has "
-                f"room for {room[slot]}. Start anew{self._more_room(int(room[slot]), ', or ')}."
+                f"room for {room[slot]}. Start anew{remedy}."
             )
         left = room - needed
         limits = dict(self.limits)
@@ -314,17 +323,16 @@ class Slots:
         for slot in full:
             length = int(self.num_rows[slot])
             raise CapacityError(
-                f"The KV cache of sample {slot} is full at {length} tokens. End the answer"
-                f"{self._more_room(length, ', or ')}."
+                f"The KV cache of sample {slot} is full at {length} tokens. "
+                f"{self._remedy(length, 'Allow more with ') or 'The model takes no more'}."
             )
 
-    def _more_room(self, room: int, separator: str) -> str:
+    def _remedy(self, room: int, verb: str) -> str:
         """Return what gives a sample more than `room` tokens; empty where nothing does."""
         if room < self._max_length:
-            return f"{separator}prefill with a larger max_new_tokens"
+            return f"{verb}a larger max_new_tokens"
         if self._max_length < self._most_positions:
-            most = self._most_positions
-            return f"{separator}load the bundle with a larger max_length ({most} at most)"
+            return f"{verb}a larger max_length ({self._most_positions} at most)"
         return ""
 
 

@@ -181,7 +181,7 @@ def test_decode_fills_the_cache_to_the_last_planned_token(bundles):
     assert session.is_full.tolist() == [True, True]
     with pytest.raises(
         CapacityError,
-        match=r"sample 0 is full at 13 tokens\. End the answer, or prefill with a larger max_new",
+        match=r"sample 0 is full at 13 tokens\. Allow more with a larger max_new_tokens",
     ):
         session.decode([5, 5])
 
@@ -246,7 +246,9 @@ def test_no_message_advises_more_than_the_model_takes(bundles):
         short.decode([5])
     session = bundles.session("mha")
     session.prefill([long[:512]])
-    with pytest.raises(CapacityError, match=r"is full at 512 tokens\. End the answer\.$"):
+    with pytest.raises(
+        CapacityError, match=r"is full at 512 tokens\. The model takes no more\.$"
+    ):
         session.decode([5])
     with pytest.raises(CapacityError, match=r"has room for 512\. Start anew\.$"):
         session.extend([[5]])

@@ -275,15 +275,29 @@ def test_two_chats_at_one_session_never_answer_from_each_other_s_caches(session)
         next(late)
 
 
-def test_turns_that_begin_in_another_order_are_refused(session):
-    chat = session.chat()
-    early, late = chat.stream("w5", max_new_tokens=3), chat.stream("w6", max_new_tokens=3)
+def test_turns_come_in_the_order_in_which_they_begin(session):
+    chat, other = session.chat(), session.chat()
+    late, early = chat.stream("w6", max_new_tokens=3), chat.stream("w5", max_new_tokens=3)
     list(early)
-    with pytest.raises(
-        InvalidInputError, match="This question was the chat's number 1, but 1"
-    ):
-        next(late)
-    assert [turn.question for turn in chat.turns] == ["w5"]
+    list(late)
+    assert [turn.question for turn in chat.turns] == ["w5", "w6"]
+    answers = [other.ask(question, max_new_tokens=3).token_ids for question in ("w5", "w6")]
+    assert [turn.answer.token_ids for turn in chat.turns] == answers
+
+
+def test_threads_that_ask_one_chat_wait_for_each_other(session):
+    chat, other = session.chat(), session.chat()
+    threads = [
+        threading.Thread(target=chat.ask, args=(question,), kwargs={"max_new_tokens": 4})
+        for question in ("w5", "w6", "w7")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(turn.question for turn in chat.turns) == ["w5", "w6", "w7"]
+    for turn in list(chat.turns):
+        assert other.ask(turn.question, max_new_tokens=4).token_ids == turn.answer.token_ids
 
 
 def test_a_question_that_was_refused_leaves_the_chat_as_it_was(session):
