@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dllava_export.commands.options import (
-    RATE,
     BackendCommand,
     backend_options,
     given_backend_options,
+    sampling_options,
 )
 
 if TYPE_CHECKING:
@@ -38,15 +38,7 @@ _HELP = """\
     show_default=True,
     help="Tokens of one answer at most.",
 )
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="0 takes the likeliest token.",
-)
-@click.option("--top-p", type=RATE, default=1.0, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), help="For a temperature above 0.")
+@sampling_options
 @backend_options
 def chat(bundle: Path, image: str | None, backend: str, **settings: Any) -> None:
     """Talk with BUNDLE about a picture: questions from the terminal, or one on each line of stdin.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dllava_export.commands.options import (
-    RATE,
     BackendCommand,
     backend_options,
     given_backend_options,
     parse_ids,
+    sampling_options,
 )
 
 __all__ = ["run"]
@@ -38,15 +39,7 @@ __all__ = ["run"]
     help="With KV cache, or one pass over everything per token.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="0 takes the likeliest token.",
-)
-@click.option("--top-p", type=RATE, default=1.0, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), help="For a temperature above 0.")
+@sampling_options
 @backend_options
 @click.option("--json", "as_json", is_flag=True, help="Print text, tokens and counts as JSON.")
 def run(
@@ -54,13 +47,9 @@ def run(
     image: str | None,
     prompt: str | None,
     input_ids: list[int] | None,
-    mode: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
     backend: str,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Answer a prompt about an image with BUNDLE; text appears as it is generated."""
     if (prompt is None) == (input_ids is None):
@@ -74,11 +63,7 @@ def run(
             prompt,
             image=picture,
             input_ids=input_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            mode=mode,
+            **settings,
         )
         for piece in stream:
             if not as_json:

@@ -316,7 +316,9 @@ class GenerationLoop:
             row, generated = logits[sample], self.results[sample].token_ids
             check_finite(row, int(sample), len(generated))
             if settings.repetition_penalty != 1:
-                seen = np.concatenate([self._run.prompts[sample], np.array(generated, int)])
+                seen = np.concatenate(
+                    [self._run.prompts[sample], np.array(generated, np.int64)]
+                )
                 row = penalised(row, seen, settings.repetition_penalty)
             if settings.logits_processors:
                 row = processed(row, generated, settings.logits_processors)

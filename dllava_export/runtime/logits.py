@@ -38,17 +38,17 @@ def check_finite(logits: np.ndarray, sample: int, step: int) -> None:
         )
 
 
-def penalised(logits: np.ndarray, token_ids: Sequence[int], penalty: float) -> np.ndarray:
+def penalised(logits: np.ndarray, token_ids: np.ndarray, penalty: float) -> np.ndarray:
     """Return logits in which tokens that were there before are less likely.
 
     Args:
         logits: [vocab_size] float32.
-        token_ids: Tokens of prompt and answer; placeholders (negative ids) do not count.
+        token_ids: [t] int64, of prompt and answer; placeholders (negative) do not count.
         penalty: What positive logits are divided by, and negative ones multiplied with.
 
     Source: CTRL (Keskar et al., 2019), section 4.1, as in transformers.
     """
-    seen = np.unique(np.asarray(token_ids, np.int64))
+    seen = np.unique(token_ids)
     seen = seen[seen >= 0]
     result = logits.copy()
     values = result[seen]

@@ -228,7 +228,7 @@ class Session(DecodingSession):
         attention_mask: AttentionMask | None,
         settings: GenerationSettings,
     ) -> GenerationLoop:
-        is_text = input_ids is None and prompts is not None and len(prompts) > 0
+        is_text = input_ids is None and isinstance(prompts, Sequence) and len(prompts) > 0
         if is_text and images is None and self.manifest.has_visual:
             raise InvalidInputError(
                 "The bundle takes an image with its prompt, and none was given. Pass image=..., "
