@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from dllava_export.errors import SettingError
 from dllava_export.registries import close_match
 
-__all__ = ["settings_from"]
+__all__ = ["real_number", "settings_from", "whole_number"]
 
 T = TypeVar("T")
 
@@ -41,3 +43,28 @@ def settings_from(kind: type[T], values: Mapping[str, Any]) -> T:
     if missing:
         raise SettingError(f"{' and '.join(missing)} must be given; there is no default.")
     return kind(**values)
+
+
+def whole_number(name: str, value: Any, minimum: int) -> int:
+    """Return a setting that counts something.
+
+    Raises:
+        SettingError: If it is not a whole number of at least `minimum`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise SettingError(f"{name} must be a whole number, got {value!r}.")
+    if value < minimum:
+        raise SettingError(f"{name} must be at least {minimum}, got {value}.")
+    return int(value)
+
+
+def real_number(name: str, value: Any) -> float:
+    """Return a setting that is a number.
+
+    Raises:
+        SettingError: If it is not a real, finite one.
+    """
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_real and math.isfinite(value)):
+        raise SettingError(f"{name} must be a finite number, got {value!r}.")
+    return float(value)

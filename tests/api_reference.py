@@ -45,12 +45,14 @@ _SECTIONS = {
         "runtime.results": [
             "Generation",
             "Piece",
+            "TokenLogprob",
             "PrefillResult",
             "DecodeResult",
             "RecomputeResult",
         ],
     },
     "Settings": {
+        "runtime.generation": ["GenerationSettings"],
         "sparsity": ["Sparsity"],
         "backends.ort.factory": ["OrtOptions"],
         "backends.trt.factory": ["TrtOptions"],

@@ -26,6 +26,15 @@ from dllava_export.runtime.loading import load
 from dllava_export.runtime.session import Session
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--random-steps",
+        type=int,
+        default=6,
+        help="Calls in each sequence of test_concurrent_sessions.py.  [default: 6]",
+    )
+
+
 class Bundles:
     """Bundles and sessions by what they are, each made when it is first asked for.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dllava_export import names
 from dllava_export.backends.cache_groups import CacheGroup, cache_groups
@@ -12,7 +12,14 @@ from dllava_export.geometry import Geometry
 from dllava_export.precision import Precision
 from dllava_export.sparsity import Sparsity
 
-__all__ = ["RESERVE_ROWS", "SPARE_ROWS", "KVPlan", "bytes_per_row", "plan_kv_cache"]
+__all__ = [
+    "RESERVE_ROWS",
+    "SPARE_ROWS",
+    "KVPlan",
+    "bytes_per_row",
+    "joint_plan",
+    "plan_kv_cache",
+]
 
 SPARE_ROWS = 1
 """Rows at the end of each buffer that are written but never counted."""
@@ -103,4 +110,18 @@ def plan_kv_cache(
         groups=groups,
         capacities={group.name: rows[group.name] + SPARE_ROWS for group in groups},
         bytes_per_row=bytes_per_row(geometry, precision),
+    )
+
+
+def joint_plan(plans: Sequence[KVPlan]) -> KVPlan:
+    """Return the plan of buffers that hold what several plans hold, side by side.
+
+    Args:
+        plans: Of the same decoder, at least one.
+    """
+    capacities = {
+        name: max(plan.capacities[name] for plan in plans) for name in plans[0].capacities
+    }
+    return dataclasses.replace(
+        plans[0], batch=sum(plan.batch for plan in plans), capacities=capacities
     )

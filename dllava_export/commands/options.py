@@ -81,7 +81,7 @@ def sparsity_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Options that say how tokens are chosen, as `Session.generate` takes them."""
+    """Options that say how tokens are chosen and what ends an answer, as `Session.generate`."""
     options = [
         click.option(
             "--temperature",
@@ -91,7 +91,30 @@ def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
             help="0 takes the likeliest token.",
         ),
         click.option("--top-p", type=RATE, default=1.0, show_default=True),
+        click.option(
+            "--top-k", type=click.IntRange(min=1), help="Likeliest tokens to sample from."
+        ),
+        click.option(
+            "--min-p",
+            type=click.FloatRange(0, 1),
+            default=0.0,
+            show_default=True,
+            help="Leave out tokens below this share of the likeliest one's probability.",
+        ),
         click.option("--seed", type=click.IntRange(min=0), help="For a temperature above 0."),
+        click.option(
+            "--repetition-penalty",
+            type=click.FloatRange(min=0, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Above 1, tokens that were there before are less likely.",
+        ),
+        click.option(
+            "--stop",
+            multiple=True,
+            metavar="TEXT",
+            help="Text that ends the answer, which ends before it; may be given several times.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)

@@ -18,6 +18,7 @@ from dllava_export.bundles.manifest import Manifest
 from dllava_export.errors import InvalidInputError
 from dllava_export.families.registry import positions_of
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.prompts.token_ids import CheckedPrompts, checked_ids
 from dllava_export.runtime.generation import CachedRun, GenerationLoop, GenerationSettings
 from dllava_export.runtime.results import DecodeResult, Generation, Piece, PrefillResult
 
@@ -120,7 +121,7 @@ def trace_answer(
         text = tokenizer.render(prompt, with_image=picture is not None)
         ids, question = tokenizer.encode(text), prompt
     else:
-        (ids,) = session.normalised_prompts([np.asarray(input_ids, np.int64)])
+        (ids,) = session.normalised_prompts([checked_ids(input_ids, "input_ids", num_dims=1)])
         question = " ".join(
             "<image>" if i == IMAGE_PLACEHOLDER_ID else str(i) for i in ids.tolist()
         )
@@ -130,7 +131,8 @@ def trace_answer(
         features = session.encode_images(pixels)
     run = _TracedRun(session, ids, features, max_new_tokens)
     loop = GenerationLoop(session, run, settings)
-    pieces = list(loop.pieces())
+    # One without a token brings the rest of the text, which `_texts` adds to the last.
+    pieces = [piece for piece in loop.pieces() if piece.token_id is not None]
     assert run.prefilled is not None
     kept = run.prefilled.kept_image_indices[0]
     scores = None
@@ -232,7 +234,7 @@ class _TracedRun(CachedRun):
     def __init__(
         self, session: Session, ids: np.ndarray, features: np.ndarray | None, num_new: int
     ) -> None:
-        super().__init__(session, [ids], None, num_new)
+        super().__init__(session, CheckedPrompts([ids]), None, num_new)
         self._features = features
         self.prefilled: PrefillResult | None = None
         self.keep: list[bool] = []

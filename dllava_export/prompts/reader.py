@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -16,17 +17,25 @@ from dllava_export.families.config_file import read_json
 from dllava_export.families.config_kinds import PREPROCESSOR_KINDS
 from dllava_export.families.registry import positions_of
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.prompts.image_values import checked_values
 from dllava_export.prompts.placeholders import check_prompt, normalise_placeholders
 from dllava_export.prompts.rows import PromptRows, assemble_prompt
+from dllava_export.prompts.token_ids import CheckedPrompts, checked_prompts, without_padding
 
 if TYPE_CHECKING:
     from dllava_export.prompts.images import ImageProcessor
     from dllava_export.prompts.tokenizer import ChatTokenizer
 
 
-__all__ = ["PromptReader", "Prompts"]
+__all__ = ["AttentionMask", "PromptReader", "Prompts"]
 
-Prompts = np.ndarray | Sequence[np.ndarray] | Sequence[Sequence[int]]
+Prompts = np.ndarray | Sequence[np.ndarray] | Sequence[Sequence[int]] | Sequence[int]
+"""[batch, t] token ids, one row for each sample, or the [t] ids of a single one."""
+
+AttentionMask: TypeAlias = "np.ndarray | Sequence[np.ndarray] | Sequence[Sequence[int]]"
+
+_PROCESSOR_MAKES_PIXELS = "Use session.image_processor to prepare pictures."
+_SESSION_MAKES_FEATURES = "Use session.encode_images to make them."
 
 
 class PromptReader:
@@ -107,36 +116,75 @@ class PromptReader:
         """Return pixel values as an array of the right shape.
 
         Raises:
-            InvalidInputError: If the shape is wrong or the bundle takes no pictures.
+            InvalidInputError: If the shape or the kind of the values is wrong, one is not
+                finite, or the bundle takes no pictures.
         """
         size = self.image_processor.size
-        pixels = np.asarray(pixel_values)
+        pixels = checked_values(
+            pixel_values, "pixel_values", self._dtype, _PROCESSOR_MAKES_PIXELS
+        )
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
             raise InvalidInputError(
                 f"pixel_values has shape {list(pixels.shape)}, expected [num_images, 3, {size}, "
-                f"{size}]. Use session.image_processor to prepare pictures."
+                f"{size}]. {_PROCESSOR_MAKES_PIXELS}"
             )
         return pixels
 
-    def normalised(self, input_ids: Prompts) -> list[np.ndarray]:
+    @property
+    def _dtype(self) -> np.dtype:
+        return self.manifest.precision.activations.numpy
+
+    @property
+    def pad_token_ids(self) -> frozenset[int]:
+        """Ids that fill up shorter prompts of a batch; empty where nothing is known of them."""
+        if self.manifest.chat_template is not None:
+            # Not the configuration's too: the tokenizer may give that id to a word.
+            found = {self.tokenizer.pad_token_id}
+        else:
+            text_config = self._config.get("text_config", {})
+            found = {self._config.get("pad_token_id"), text_config.get("pad_token_id")}
+        return frozenset(token for token in found if isinstance(token, int) and token >= 0)
+
+    @functools.cached_property
+    def _config(self) -> dict[str, Any]:
+        path = self._folder / layout.LLM_FOLDER / "config.json"
+        return read_json(path, "a bundle", BundleError) if path.is_file() else {}
+
+    @property
+    def _padding_is_a_token_too(self) -> bool:
+        """Whether a pad id also begins or ends a text, or stands for an unknown word."""
+        others = {*self.manifest.eos_token_ids, self._config.get("bos_token_id")}
+        if self.manifest.chat_template is not None:
+            others.update(self.tokenizer.text_special_ids)
+        return bool(self.pad_token_ids & others)
+
+    def normalised(
+        self, input_ids: Prompts, attention_mask: AttentionMask | None = None
+    ) -> CheckedPrompts:
         """Return one int64 array per sample, with -200 as the only image placeholder.
 
+        Args:
+            input_ids: [batch, t] int64, one array per sample, or [t] of a single one. What
+                this method returned is returned as it is.
+            attention_mask: As many 0 and 1; 0 where `input_ids` is padded.
+
         Raises:
-            InvalidInputError: If a sample is not a row of integers.
+            InvalidInputError: If a sample is not a row of integers, the mask does not fit, or
+                there is none and a prompt is padded.
         """
+        if isinstance(input_ids, CheckedPrompts) and attention_mask is None:
+            return input_ids
         num_image_tokens = self.manifest.geometry.num_image_tokens
-        prompts = [np.asarray(ids) for ids in input_ids]
-        for sample, ids in enumerate(prompts):
-            if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-                raise InvalidInputError(
-                    f"Sample {sample} of input_ids is {ids.dtype} of shape {list(ids.shape)}, "
-                    "expected integers in one dimension. Pass [batch, t] ids, or a list with "
-                    "one array per sample."
-                )
-        return [
+        prompts = without_padding(
+            checked_prompts(input_ids),
+            attention_mask,
+            self.pad_token_ids,
+            self._padding_is_a_token_too,
+        )
+        return CheckedPrompts(
             normalise_placeholders(ids, self.manifest.image_token_id, num_image_tokens)
             for ids in prompts
-        ]
+        )
 
     def lookup(self, ids: np.ndarray) -> np.ndarray:
         """Return embeddings [..., hidden_size] of token ids [...].
@@ -156,6 +204,7 @@ class PromptReader:
         pixel_values: np.ndarray | None,
         image_features: np.ndarray | None,
         outputs: np.ndarray | None = None,
+        attention_mask: AttentionMask | None = None,
     ) -> PromptRows:
         """Check prompts against images and return the rows to feed.
 
@@ -164,14 +213,24 @@ class PromptReader:
             pixel_values: [num_images, 3, image_size, image_size] float32 or None.
             image_features: [num_images, num_image_tokens, hidden_size] or None.
             outputs: [batch, j] int64 generated so far, or None.
+            attention_mask: As for `normalised`.
 
         Raises:
             InvalidInputError: If prompts and images do not fit the bundle or each other.
             CapacityError: If a prompt is longer than `max_length`.
         """
-        prompts = self.normalised(input_ids)
+        prompts = self.normalised(input_ids, attention_mask)
         if not prompts:
             raise InvalidInputError("There is no prompt; expected at least one.")
+        if pixel_values is not None and image_features is not None:
+            raise InvalidInputError(
+                "pixel_values and image_features were both given; expected one of the two. "
+                "Features are used in place of pixels."
+            )
+        if pixel_values is not None:
+            pixel_values = self.checked_pixels(pixel_values)
+        if image_features is not None:
+            image_features = self._checked_features(image_features)
         num_images = max(
             (len(x) for x in (pixel_values, image_features) if x is not None), default=0
         )
@@ -182,13 +241,12 @@ class PromptReader:
         check_prompt(
             prompts, has_image=has_image, vocab_size=self.manifest.geometry.vocab_size
         )
-        if pixel_values is not None and image_features is None:
-            image_features = self._encode_images(self.checked_pixels(pixel_values))
+        if pixel_values is not None:
+            image_features = self._encode_images(pixel_values)
         if outputs is not None and len(outputs) != len(prompts):
             raise InvalidInputError(
                 f"output_ids is for {len(outputs)} samples, the prompts are {len(prompts)}."
             )
-        self._check_features(image_features)
         rows = assemble_prompt(
             prompts, image_features, self.lookup, self.positions, outputs=outputs
         )
@@ -197,23 +255,31 @@ class PromptReader:
         if longest > self.max_length:
             raise CapacityError(
                 f"The prompt has {longest} tokens ({int(rows.num_image.max())} of them image "
-                f"tokens), the session has room for {self.max_length}. Shorten the prompt or "
-                "load the bundle with a larger max_length."
+                f"tokens), the session has room for {self.max_length}. Shorten the prompt"
+                f"{self._more_room()}."
             )
         return rows
 
-    def _check_features(self, image_features: np.ndarray | None) -> None:
-        if image_features is None:
-            return
+    def _more_room(self) -> str:
+        most = self.manifest.max_position_embeddings
+        if self.max_length < most:
+            return f" or load the bundle with a larger max_length ({most} at most)"
+        return ": the model takes no longer ones"
+
+    def _checked_features(self, image_features: np.ndarray) -> np.ndarray:
+        features = checked_values(
+            image_features, "image_features", self._dtype, _SESSION_MAKES_FEATURES
+        )
         geometry = self.manifest.geometry
-        shape = np.shape(image_features)
+        shape = features.shape
         # A bare decoder does not know how many rows an image has.
         num_rows = geometry.num_image_tokens or (shape[1] if len(shape) == 3 else "n")
         if len(shape) != 3 or shape[1:] != (num_rows, geometry.hidden_size):
             raise InvalidInputError(
                 f"image_features has shape {list(shape)}, expected [num_images, {num_rows}, "
-                f"{geometry.hidden_size}]. Use session.encode_images to make them."
+                f"{geometry.hidden_size}]. {_SESSION_MAKES_FEATURES}"
             )
+        return features
 
     def kept_lengths(self, rows: PromptRows) -> np.ndarray:
         """Return rows of each sample that go on from `sparse_layer`, [batch] int64."""

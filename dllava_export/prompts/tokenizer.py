@@ -113,6 +113,20 @@ class ChatTokenizer:
         """Ids that end an answer, ascending; empty where the folder names none."""
         return self._eos_token_ids
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id that fills up shorter prompts of a batch; None where there is none."""
+        return self._tokenizer.pad_token_id
+
+    @property
+    def text_special_ids(self) -> frozenset[int]:
+        """Ids that begin or end a text, or stand for an unknown word."""
+        tokenizer = self._tokenizer
+        found = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+        return frozenset(
+            token for token in (*found, *self._eos_token_ids) if token is not None
+        )
+
     def render(self, prompt: str, *, with_image: bool, history: Turns = ()) -> str:
         """Return the whole conversation as the model was trained to read it.
 

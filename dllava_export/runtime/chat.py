@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dllava_export.errors import InvalidInputError
+from dllava_export.prompts.prompt_text import checked_text
 from dllava_export.runtime.generation import (
     ExtendedRun,
     GenerationLoop,
     GenerationSettings,
+    Run,
     Stream,
     prompt_ids,
     start_run,
@@ -43,17 +46,18 @@ class Chat:
 
     The first turn may bring a picture. Later ones feed their question alone: what was said
     before stays in the caches, pruned as it was. A session holds one conversation at a time:
-    any other use of it ends the chat. A new question ends an answer that is still streamed.
+    any other use of it ends the chat. A new question ends an answer that the same thread still
+    streams; one of another thread waits for the answer's end.
 
     Attributes:
-        turns: What was said, oldest first.
+        turns: What was said, oldest first; a turn is there as soon as its question was fed.
     """
 
     def __init__(self, session: DecodingSession) -> None:
         self._session = session
-        self._num_prefills = -1
+        self._history = _History(session)
         self._stream: Stream | None = None
-        self.turns: list[Turn] = []
+        self.turns = self._history.turns
 
     def ask(
         self, question: str, image: ImageInput | None = None, **settings: Any
@@ -72,8 +76,9 @@ class Chat:
             SettingError: If a setting is out of range.
         """
         stream = self.stream(question, image, **settings)
-        for _ in stream:
-            pass
+        with contextlib.closing(stream):
+            for _ in stream:
+                pass
         return stream.result
 
     def stream(
@@ -86,47 +91,115 @@ class Chat:
                 f"A chat keeps what was said in the KV cache, but mode is {chosen.mode!r}. Use "
                 "session.generate for single questions without a cache."
             )
-        if self._stream is not None:
+        if self._stream is not None and self._session.use.is_in_this_thread:
             self._stream.close()
+        turn = _TurnRun(self._history, checked_text(question, "The question"), image, chosen)
+        self._stream = Stream(GenerationLoop(self._session, turn, chosen))
+        return self._stream
+
+
+class _History:
+    """What a session's caches hold of a chat.
+
+    Attributes:
+        turns: See `Chat`.
+    """
+
+    def __init__(self, session: DecodingSession) -> None:
+        self._session = session
+        self._num_prefills = -1
+        self._fed: list[np.ndarray] = []
+        self.turns: list[Turn] = []
+
+    def run(
+        self, question: str, image: ImageInput | None, settings: GenerationSettings
+    ) -> Run:
+        """Return what answers a question as the next one.
+
+        Raises:
+            InvalidInputError: If it brings a picture and is not the first, or the caches hold
+                something else.
+        """
         session = self._session
         if not self.turns:
             images = None if image is None else [image]
             ids = prompt_ids(session, [question], images, None)
             # The caches must hold all turns to come: what they do not use costs nothing.
-            run = start_run(session, ids, images, _whole_context(session, chosen))
-        else:
-            if image is not None:
-                raise InvalidInputError(
-                    "A picture came with a later question; this model takes one with the first "
-                    "question. Start a new chat."
-                )
-            self._check_own_caches()
-            run = ExtendedRun(session, self._follow_up(question))
-
-        def note_turn() -> None:
-            """A question that was never fed is no turn."""
-            self._num_prefills = session.num_prefills
-            self.turns.append(Turn(question, loop.results[0]))
-
-        loop = GenerationLoop(session, run, chosen, note_turn)
-        self._stream = Stream(loop)
-        return self._stream
-
-    def _check_own_caches(self) -> None:
-        if self._session.num_prefills != self._num_prefills:
+            whole = dataclasses.replace(settings, max_new_tokens=session.max_length)
+            return start_run(session, ids, images, whole)
+        if image is not None:
+            raise InvalidInputError(
+                "A picture came with a later question; this model takes one with the first "
+                "question. Start a new chat."
+            )
+        if session.num_prefills != self._num_prefills:
             raise InvalidInputError(
                 "The session answered something else since the last question, so its caches "
                 "no longer hold this conversation. Start a new chat, or load a second session."
             )
-
-    def _follow_up(self, question: str) -> np.ndarray:
-        """Return what is fed next: tokens of the last answer that were not, and the question."""
         answer = self.turns[-1].answer
+        # Tokens of the last answer that were not fed come first.
         rest = np.array(answer.token_ids[answer.num_fed_tokens :], np.int64)
-        return np.concatenate([rest, self._session.tokenizer.encode_follow_up(question)])
+        follow_up = session.tokenizer.encode_follow_up(question)
+        return ExtendedRun(session, np.concatenate([rest, follow_up]))
+
+    def note(self, turn: Turn, fed: np.ndarray) -> None:
+        """Count a turn whose question is in the caches now.
+
+        Args:
+            turn: The turn.
+            fed: [t] int64, what was fed for its question.
+        """
+        self._num_prefills = self._session.num_prefills
+        self.turns.append(turn)
+        self._fed.append(fed)
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[t] int64, everything that was fed or generated."""
+        answers = [np.array(turn.answer.token_ids, np.int64) for turn in self.turns]
+        return np.concatenate([*self._fed, *answers])
 
 
-def _whole_context(
-    session: DecodingSession, settings: GenerationSettings
-) -> GenerationSettings:
-    return dataclasses.replace(settings, max_new_tokens=session.max_length)
+class _TurnRun(Run):
+    """A turn of a chat: what it is fed on top of is known when it begins, not before."""
+
+    batch = 1
+
+    def __init__(
+        self,
+        history: _History,
+        question: str,
+        image: ImageInput | None,
+        settings: GenerationSettings,
+    ) -> None:
+        self._history, self._question = history, question
+        self._image, self._settings = image, settings
+        self._run = self._as_next()  # what is wrong with it shows at once
+
+    def _as_next(self) -> Run:
+        return self._history.run(self._question, self._image, self._settings)
+
+    @property
+    def prompts(self) -> list[np.ndarray]:
+        """See `Run`."""
+        return [self._history.token_ids]
+
+    def start(self, results: list[Generation]) -> np.ndarray:
+        """Feed the question, behind what is left of the answer before."""
+        self._run = self._as_next()
+        logits = self._run.start(results)
+        (fed,) = self._run.prompts
+        self._history.note(Turn(self._question, results[0]), fed)
+        return logits
+
+    @property
+    def is_full(self) -> np.ndarray:
+        """See `Run`."""
+        return self._run.is_full
+
+    def step(
+        self, tokens: np.ndarray, active: np.ndarray, results: list[Generation]
+    ) -> np.ndarray:
+        """Feed a token."""
+        return self._run.step(tokens, active, results)

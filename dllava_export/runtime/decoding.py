@@ -14,14 +14,17 @@ import numpy as np
 
 from dllava_export import names
 from dllava_export.backends.backend import Backend, StepInputs
-from dllava_export.backends.kv_plan import KVPlan, plan_kv_cache
+from dllava_export.backends.kv_plan import KVPlan, joint_plan, plan_kv_cache
 from dllava_export.bundles.manifest import Manifest
-from dllava_export.errors import InvalidInputError, SettingError
+from dllava_export.errors import InvalidInputError
 from dllava_export.prompts.placeholders import check_prompt
-from dllava_export.prompts.reader import PromptReader, Prompts
+from dllava_export.prompts.reader import AttentionMask, PromptReader, Prompts
 from dllava_export.prompts.rows import PromptRows, assemble_prompt
+from dllava_export.prompts.token_ids import CheckedPrompts, checked_ids
 from dllava_export.runtime.results import DecodeResult, PrefillResult, RecomputeResult
+from dllava_export.runtime.session_use import SessionUse
 from dllava_export.runtime.slots import Slots
+from dllava_export.settings import whole_number
 
 if TYPE_CHECKING:
     from dllava_export.prompts.images import ImageProcessor
@@ -37,6 +40,14 @@ _ROW_VALUE = 0.01
 class DecodingSession:
     """One conversation, or one batch of them, over a bundle. Made by `load`.
 
+    One caller at a time: while a generation runs, or another thread is inside of a call, calls
+    are refused with `InvalidInputError`; so are all calls after `close`. Threads that want to
+    work at the same time load a session each.
+
+    Where the sparse caches of a sample are full, tokens that the policy keeps are dropped
+    (`DecodeResult.forced`). How much room they have follows from the sample's own prompt and
+    `max_new_tokens`, not from the rest of its batch.
+
     Attributes:
         manifest: What the bundle is.
         max_length: Tokens a sample may have, prompt and answer together.
@@ -50,8 +61,8 @@ class DecodingSession:
         self.max_length = max_length
         self._backend = backend
         self._reader = PromptReader(folder, manifest, max_length, backend.encode_images)
-        self._slots = Slots(backend, max_length)
-        self._is_closed = False
+        self._slots = Slots(backend, max_length, manifest.max_position_embeddings)
+        self._use = SessionUse()
         self.num_prefills = 0
 
     def __enter__(self) -> Self:
@@ -61,10 +72,18 @@ class DecodingSession:
         self.close()
 
     def close(self) -> None:
-        """Let graphs, weights and caches go. The session cannot be used afterwards."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._backend.close()
+        """Let graphs, weights and caches go. The session cannot be used afterwards.
+
+        A step that runs in another thread is waited for; the next one of its answer is refused.
+        """
+        with self._use.closing() as was_open:
+            if was_open:
+                self._backend.close()
+
+    @property
+    def use(self) -> SessionUse:
+        """Who uses the session: a generation holds it from its first token to its end."""
+        return self._use
 
     @property
     def backend(self) -> str:
@@ -93,27 +112,31 @@ class DecodingSession:
         """The cache buffers of the current batch.
 
         Raises:
-            InvalidInputError: Before the first prefill.
+            InvalidInputError: Before the first prefill, or after `close`.
         """
+        self._use.check_open()
         return self._slots.plan
 
     @property
     def cache_lengths(self) -> np.ndarray:
         """Valid rows of each cache, [layers, batch] int64."""
+        self._use.check_open()
         return self._slots.cache_lengths
 
     @property
     def is_full(self) -> np.ndarray:
         """[batch] bool, true where no further token fits."""
-        return self._slots.num_rows >= self._slots.room
+        self._use.check_open()
+        return self._slots.is_full
 
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a layer's keys and values, [batch, num_kv_heads, capacity, head_dim].
 
         Rows from `cache_lengths[layer]` on mean nothing. Keys are after rotary embedding.
         """
-        assert self.kv_plan  # there is none before a prefill
-        return self._backend.cache(layer)
+        with self._use:
+            assert self.kv_plan  # there is none before a prefill
+            return self._backend.cache(layer)
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         """Return the embeddings [..., hidden_size] of token ids [...] int64.
@@ -121,7 +144,7 @@ class DecodingSession:
         Raises:
             InvalidInputError: If an id is outside the vocabulary, or there is no table.
         """
-        return self._reader.lookup(token_ids)
+        return self._reader.lookup(checked_ids(token_ids, "token_ids"))
 
     def fill(self, num_tokens: int) -> None:
         """Leave the caches as so many generated tokens would, the expected share of them kept.
@@ -133,21 +156,38 @@ class DecodingSession:
         Args:
             num_tokens: Tokens that each sample seems to have generated.
         """
+        num_tokens = whole_number("num_tokens", num_tokens, 0)
         sparsity = self.manifest.sparsity
         rate = sparsity.output_text_keep_rate if sparsity.has_keep_bit else 1.0
-        before = self.cache_lengths
-        self._slots.advance({names.FULL: num_tokens, names.SPARSE: round(rate * num_tokens)})
-        for layer, after in enumerate(self.cache_lengths):
-            for rows in self.cache(layer):
-                rows[:, :, before[layer].min() : after.max()] = _ROW_VALUE
+        with self._use:
+            before = self.cache_lengths
+            self._slots.advance(
+                {names.FULL: num_tokens, names.SPARSE: round(rate * num_tokens)}
+            )
+            for layer, after in enumerate(self.cache_lengths):
+                for rows in self._backend.cache(layer):
+                    rows[:, :, before[layer].min() : after.max()] = _ROW_VALUE
 
     def rewind(self, cache_lengths: np.ndarray) -> None:
         """Go back to what an earlier `cache_lengths` said: rows behind it are forgotten.
 
         Args:
             cache_lengths: [layers, batch] int64, as the property returned it.
+
+        Raises:
+            InvalidInputError: If they are no such lengths, or longer than they are now.
         """
-        self._slots.rewind(cache_lengths)
+        with self._use:
+            self._use.check_filled_here()
+            lengths = checked_ids(cache_lengths, "cache_lengths")
+            now = self._slots.cache_lengths
+            if lengths.shape != now.shape or ((lengths < 0) | (lengths > now)).any():
+                raise InvalidInputError(
+                    f"rewind got cache_lengths of shape {[*lengths.shape]} up to "
+                    f"{lengths.max(initial=0)}, expected {[*now.shape]} of them, none beyond "
+                    f"what they are now ({now.max()} at most). Pass what the property returned."
+                )
+            self._slots.rewind(lengths)
 
     def prefill(
         self,
@@ -155,45 +195,60 @@ class DecodingSession:
         pixel_values: np.ndarray | None = None,
         *,
         image_features: np.ndarray | None = None,
+        attention_mask: AttentionMask | None = None,
         max_new_tokens: int | None = None,
     ) -> PrefillResult:
         """Feed new prompts; whatever was cached before is dropped.
 
         Args:
-            input_ids: [batch, t] int64, or one array per sample. -200 or the tokenizer's image
-                token stands for the image.
+            input_ids: [batch, t] int64, one array per sample, or [t] of a single one. -200 or
+                the tokenizer's image token stands for the image.
             pixel_values: [num_images, 3, image_size, image_size] float32, one for each sample
                 with a placeholder, in order.
             image_features: [num_images, num_image_tokens, hidden_size], instead of pixels.
+            attention_mask: [batch, t] of 0 and 1, needed where `input_ids` is padded, on
+                whichever side: 0 where the padding is.
             max_new_tokens: Tokens that will follow at most, answers and further prompts;
                 as many as `max_length` allows by default. Sizes the caches.
 
         Raises:
             InvalidInputError: If prompts and images do not fit the bundle or each other.
             CapacityError: If a prompt is longer than `max_length`.
-            SettingError: If `max_new_tokens` is negative.
+            SettingError: If `max_new_tokens` is no whole number, or negative.
         """
-        if max_new_tokens is not None and max_new_tokens < 0:
-            raise SettingError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
-        rows = self._reader.rows(input_ids, pixel_values, image_features)
-        longest = int(rows.lengths.max())
-        room = self.max_length - longest
-        num_new = room if max_new_tokens is None else min(max_new_tokens, room)
-        kept_lengths = self._reader.kept_lengths(rows)
-        plan = plan_kv_cache(
-            self.manifest.geometry,
-            self.manifest.sparsity,
-            self.manifest.precision,
-            batch=len(rows.lengths),
-            num_prompt=longest,
-            num_kept=int(kept_lengths.max()),
-            num_new=num_new,
-        )
-        self._slots.allocate(plan)
-        self.num_prefills += 1
-        outputs = self._slots.admit(rows, kept_lengths)
-        kept = _kept_image_indices(rows, outputs.kept_indices, kept_lengths)
-        return PrefillResult(outputs.logits, kept, self.cache_lengths)
+        if max_new_tokens is not None:
+            max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 0)
+        with self._use:
+            rows = self._reader.rows(
+                input_ids, pixel_values, image_features, attention_mask=attention_mask
+            )
+            kept_lengths = self._reader.kept_lengths(rows)
+            plans = self._plans(rows.lengths, kept_lengths, max_new_tokens)
+            self._slots.allocate(joint_plan(plans), plans)
+            self.num_prefills += 1
+            self._use.note_filled()
+            outputs = self._slots.admit(rows, kept_lengths)
+            kept = _kept_image_indices(rows, outputs.kept_indices, kept_lengths)
+            return PrefillResult(outputs.logits, kept, self.cache_lengths)
+
+    def _plans(
+        self, lengths: np.ndarray, kept_lengths: np.ndarray, max_new_tokens: int | None
+    ) -> list[KVPlan]:
+        """Return each sample's own plan: what it would have alone."""
+        plans = []
+        for length, num_kept in zip(lengths.tolist(), kept_lengths.tolist(), strict=True):
+            room = self.max_length - length
+            plan = plan_kv_cache(
+                self.manifest.geometry,
+                self.manifest.sparsity,
+                self.manifest.precision,
+                batch=1,
+                num_prompt=length,
+                num_kept=num_kept,
+                num_new=room if max_new_tokens is None else min(max_new_tokens, room),
+            )
+            plans.append(plan)
+        return plans
 
     def decode(
         self, token_ids: np.ndarray | Sequence[int], *, active: np.ndarray | None = None
@@ -211,21 +266,26 @@ class DecodingSession:
                 each sample, or an id is not in the vocabulary.
         """
         # Few lines, for the reason that `Slots.step` gives.
-        batch = self._slots.plan.batch
-        ids = np.asarray(token_ids, np.int64)
-        if ids.shape != (batch,):
-            raise InvalidInputError(
-                f"decode got token ids of shape {ids.shape}, expected ({batch},): one for "
-                "each sample of the last prefill."
-            )
-        step = self._slots.step(self._reader.lookup(ids), active)
-        return DecodeResult(step.logits, step.keep, step.forced, self.cache_lengths)
+        with self._use:
+            self._use.check_filled_here()
+            batch = self._slots.plan.batch
+            ids = checked_ids(token_ids, "token_ids")
+            if ids.shape != (batch,):
+                raise InvalidInputError(
+                    f"decode got token ids of shape {ids.shape}, expected ({batch},): one for "
+                    "each sample of the last prefill."
+                )
+            step = self._slots.step(self._reader.lookup(ids), active)
+            return DecodeResult(step.logits, step.keep, step.forced, self._slots.cache_lengths)
 
-    def extend(self, input_ids: Prompts) -> PrefillResult:
+    def extend(
+        self, input_ids: Prompts, *, attention_mask: AttentionMask | None = None
+    ) -> PrefillResult:
         """Feed a further prompt on top of the caches; all its rows are stored.
 
         Args:
-            input_ids: [batch, t] int64, or one array per sample; text only.
+            input_ids: As for prefill; text only.
+            attention_mask: As for prefill.
 
         Returns:
             As prefill; `kept_image_indices` is empty.
@@ -234,8 +294,15 @@ class DecodingSession:
             CapacityError: If it does not fit.
             InvalidInputError: If there is no cache yet, or an image in the prompt.
         """
-        batch = self.kv_plan.batch
-        prompts = self._reader.normalised(input_ids)
+        with self._use:
+            self._use.check_filled_here()
+            return self._extend(input_ids, attention_mask)
+
+    def _extend(
+        self, input_ids: Prompts, attention_mask: AttentionMask | None
+    ) -> PrefillResult:
+        batch = self._slots.plan.batch
+        prompts = self._reader.normalised(input_ids, attention_mask)
         if len(prompts) != batch:
             raise InvalidInputError(
                 f"extend got {len(prompts)} prompts, expected {batch}: one for each sample of "
@@ -259,6 +326,7 @@ class DecodingSession:
         output_ids: np.ndarray | None = None,
         *,
         image_features: np.ndarray | None = None,
+        attention_mask: AttentionMask | None = None,
     ) -> RecomputeResult:
         """Run prompt and answer so far in one pass without a cache.
 
@@ -267,14 +335,26 @@ class DecodingSession:
             pixel_values: As for prefill.
             output_ids: [batch, j] int64, the answer so far; none by default.
             image_features: As for prefill.
+            attention_mask: As for prefill; of `input_ids`.
 
         Raises:
             InvalidInputError: If inputs do not fit the bundle or each other.
             CapacityError: If a prompt is longer than `max_length`.
         """
+        with self._use:
+            prompts = self._reader.normalised(input_ids, attention_mask)
+            return self._recompute(prompts, pixel_values, output_ids, image_features)
+
+    def _recompute(
+        self,
+        input_ids: Prompts,
+        pixel_values: np.ndarray | None,
+        output_ids: np.ndarray | None,
+        image_features: np.ndarray | None,
+    ) -> RecomputeResult:
         outputs = None
         if output_ids is not None:
-            outputs = np.asarray(output_ids, np.int64)
+            outputs = checked_ids(output_ids, "output_ids")
             if outputs.ndim != 2:
                 raise InvalidInputError(
                     f"output_ids has shape {outputs.shape}, expected [batch, j]."
@@ -307,11 +387,17 @@ class DecodingSession:
         Raises:
             InvalidInputError: If the shape is wrong or the bundle takes no pictures.
         """
-        return self._backend.encode_images(self._reader.checked_pixels(pixel_values))
+        with self._use:
+            return self._backend.encode_images(self._reader.checked_pixels(pixel_values))
 
-    def normalised_prompts(self, input_ids: Prompts) -> list[np.ndarray]:
-        """Return one int64 array per sample, with -200 as the only image placeholder."""
-        return self._reader.normalised(input_ids)
+    def normalised_prompts(
+        self, input_ids: Prompts, attention_mask: AttentionMask | None = None
+    ) -> CheckedPrompts:
+        """Return one int64 array per sample, with -200 as the only image placeholder.
+
+        Methods that take `input_ids` take the result as it is: nothing in it is padding.
+        """
+        return self._reader.normalised(input_ids, attention_mask)
 
 
 def _kept_image_indices(

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import inspect
+import os
+import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dllava_export.errors import InvalidInputError, SettingError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.prompts.prompt_text import checked_text
+from dllava_export.prompts.token_ids import CheckedPrompts
 from dllava_export.prompts.tokenizer import StreamDecoder
+from dllava_export.runtime.logits import (
+    LogitsProcessor,
+    check_finite,
+    penalised,
+    processed,
+    token_logprob,
+)
 from dllava_export.runtime.results import DecodeResult, Generation, Piece, PrefillResult
 from dllava_export.runtime.sampling import Sampler
+from dllava_export.runtime.stop_strings import StopStrings
+from dllava_export.settings import real_number, whole_number
 
 if TYPE_CHECKING:
-    from dllava_export.prompts.reader import Prompts
+    from dllava_export.prompts.reader import AttentionMask, Prompts
     from dllava_export.runtime.decoding import DecodingSession
 
 __all__ = [
@@ -39,20 +51,60 @@ MODES = ("cache", "recompute")
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """How tokens are chosen, and how many; see `Session.generate`."""
+    """How tokens are chosen, and how many; see `Session.generate`.
+
+    A repetition penalty comes first, then the logits processors, then temperature, `top_k`,
+    `top_p` and `min_p`.
+
+    Attributes:
+        max_new_tokens: Tokens generated at most, per sample.
+        temperature: What logits are divided by; 0 takes the likeliest token.
+        top_p: Share of probability to sample from, in (0, 1].
+        seed: For sampling; None draws differently in every run.
+        mode: `cache`, or `recompute` for a pass without KV cache per token.
+        top_k: Number of likeliest tokens to sample from; None for all.
+        min_p: Tokens below this share of the likeliest one's probability are left out, in
+            [0, 1].
+        repetition_penalty: Above 1, makes tokens of prompt and answer less likely; above 0.
+        stop: One text, or several, that end the answer, which ends before it.
+        logits_processors: Called one after the other with a sample's logits and its tokens so
+            far, see `LogitsProcessor`.
+        top_logprobs: How many of the likeliest tokens are told in `Generation.logprobs`,
+            beside the chosen one; None to tell nothing.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     mode: str = "cache"
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: str | Sequence[str] = ()
+    logits_processors: Sequence[LogitsProcessor] = ()
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise SettingError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if self.max_new_tokens < 1:
+        whole_number("max_new_tokens", self.max_new_tokens, 1)
+        if real_number("repetition_penalty", self.repetition_penalty) <= 0:
             raise SettingError(
-                f"max_new_tokens must be at least 1, got {self.max_new_tokens}."
+                f"repetition_penalty must be above 0, got {self.repetition_penalty}."
+            )
+        if self.top_logprobs is not None:
+            whole_number("top_logprobs", self.top_logprobs, 0)
+        if not isinstance(self.stop, Sequence) or not all(
+            isinstance(stop, str) and stop for stop in self.stops
+        ):
+            raise SettingError(
+                f"stop must be a text, or several, none of them empty; got {self.stop!r}."
+            )
+        processors = self.logits_processors
+        if not isinstance(processors, Sequence) or not all(map(callable, processors)):
+            raise SettingError(
+                f"logits_processors must be a list of callables, got {processors!r}."
             )
         self.sampler()
 
@@ -62,7 +114,14 @@ class GenerationSettings:
         Raises:
             SettingError: If a setting is out of range.
         """
-        return Sampler(self.temperature, self.top_p, self.seed)
+        return Sampler(
+            self.temperature, self.top_p, self.seed, top_k=self.top_k, min_p=self.min_p
+        )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 def prompt_ids(
@@ -70,7 +129,8 @@ def prompt_ids(
     prompts: Sequence[str] | None,
     images: Sequence[Any] | None,
     input_ids: Prompts | None,
-) -> list[np.ndarray]:
+    attention_mask: AttentionMask | None = None,
+) -> CheckedPrompts:
     """Return the token ids of each prompt, [t] int64, image placeholders among them.
 
     Raises:
@@ -78,8 +138,20 @@ def prompt_ids(
     """
     if (prompts is None) == (input_ids is None):
         raise InvalidInputError("Give either prompts or input_ids, one of the two.")
-    given = prompts if prompts is not None else input_ids
-    count = len(given) if given is not None else 0
+    if prompts is not None and attention_mask is not None:
+        raise InvalidInputError("attention_mask goes with input_ids; prompts have no padding.")
+    for name, values in (("prompts", prompts), ("images", images)):
+        if isinstance(values, str | bytes | os.PathLike) or not hasattr(
+            () if values is None else values, "__len__"
+        ):
+            raise InvalidInputError(
+                f"{name} is {type(values).__name__}, expected a list with one entry for each "
+                "prompt."
+            )
+    ids = CheckedPrompts()
+    if input_ids is not None:
+        ids = session.normalised_prompts(input_ids, attention_mask)
+    count = len(ids) if prompts is None else len(prompts)
     if images is not None and len(images) != count:
         raise InvalidInputError(
             f"{len(images)} images were given for {count} prompts; expected one image, or None, "
@@ -90,11 +162,11 @@ def prompt_ids(
     )
     if prompts is not None:
         tokenizer = session.tokenizer
-        return [
-            tokenizer.encode(tokenizer.render(prompt, with_image=with_image))
-            for prompt, with_image in zip(prompts, has_image, strict=True)
-        ]
-    ids = session.normalised_prompts(input_ids if input_ids is not None else [])
+        texts = [checked_text(text, f"Prompt {i}") for i, text in enumerate(prompts)]
+        return CheckedPrompts(
+            tokenizer.encode(tokenizer.render(text, with_image=with_image))
+            for text, with_image in zip(texts, has_image, strict=True)
+        )
     for sample, (row, with_image) in enumerate(zip(ids, has_image, strict=True)):
         if bool((row == IMAGE_PLACEHOLDER_ID).any()) != with_image:
             found, wanted = ("no", "an") if with_image else ("an", "no")
@@ -107,12 +179,12 @@ def prompt_ids(
 
 def start_run(
     session: DecodingSession,
-    ids: list[np.ndarray],
+    ids: CheckedPrompts,
     images: Sequence[Any] | None,
     settings: GenerationSettings,
 ) -> Run:
     """Return what computes the answers to prompts from `prompt_ids`."""
-    given = [image for image in images or () if image is not None]
+    given = [] if images is None else [image for image in images if image is not None]
     pixels = session.image_processor(given) if given else None
     run = CachedRun if settings.mode == "cache" else RecomputeRun
     return run(session, ids, pixels, settings.max_new_tokens)
@@ -122,6 +194,11 @@ class Run(abc.ABC):
     """Gives the logits of a batch, token after token."""
 
     batch: int
+
+    @property
+    @abc.abstractmethod
+    def prompts(self) -> list[np.ndarray]:
+        """What each answer follows, [t] int64 token ids; complete once it has started."""
 
     @abc.abstractmethod
     def start(self, results: list[Generation]) -> np.ndarray:
@@ -146,26 +223,30 @@ class GenerationLoop:
         session: Gives tokenizer and end ids.
         run: Gives logits.
         settings: How tokens are chosen.
-        on_start: Called when the prompts were fed.
 
     Attributes:
         results: One per sample; complete when `pieces` is exhausted.
     """
 
     def __init__(
-        self,
-        session: DecodingSession,
-        run: Run,
-        settings: GenerationSettings,
-        on_start: Callable[[], None] = lambda: None,
+        self, session: DecodingSession, run: Run, settings: GenerationSettings
     ) -> None:
-        self._run, self._on_start = run, on_start
+        self._run = run
+        self._use = session.use
+        self._is_cancelled = False
+        self._settings = settings
         self._sampler = settings.sampler()
-        self._max_new_tokens = settings.max_new_tokens
         self._eos = set(session.eos_token_ids)
         has_tokenizer = session.manifest.chat_template is not None
-        self._decoders: list[StreamDecoder | None] = [
-            session.tokenizer.stream_decoder() if has_tokenizer else None
+        if settings.stops and not has_tokenizer:
+            raise InvalidInputError(
+                "stop is given as text, and the bundle has no tokenizer to find it with. Leave "
+                "it out, or export from a checkpoint with a tokenizer."
+            )
+        self._texts = [
+            _AnswerText(
+                session.tokenizer.stream_decoder() if has_tokenizer else None, settings.stops
+            )
             for _ in range(run.batch)
         ]
         self.results = [Generation() for _ in range(run.batch)]
@@ -174,69 +255,171 @@ class GenerationLoop:
     def pieces(self) -> Generator[Piece, None, None]:
         """Generate until every sample is finished, and give each token as it comes.
 
-        Closing the iterator ends the generation; what came until then stays in `results`.
+        Closing the iterator ends the generation; what came until then stays in `results`. It
+        holds the session until its end: see `SessionUse`.
+
+        Raises:
+            InvalidInputError: If the thread is in the middle of another answer of the session,
+                or the session is closed.
+            BackendError: If the model gives logits that are not finite.
         """
+        with self._use.generation():
+            try:
+                yield from self._steps()
+            except BaseException as error:
+                reason = "cancelled" if isinstance(error, GeneratorExit) else "error"
+                self.end(reason)
+                raise
+            self.end("cancelled")
+
+    def cancel(self) -> None:
+        """End the generation behind the token that is being computed."""
+        self._is_cancelled = True
+
+    def end(self, reason: str) -> None:
+        """Note why the samples ended that are not finished."""
+        for sample in np.flatnonzero(self._active):
+            self.results[sample].finish_reason = reason
+        self._active[:] = False
+
+    def _steps(self) -> Iterator[Piece]:
         start = time.perf_counter()
         prefill_seconds = 0.0
         try:
-            logits = self._run.start(self.results)
-            self._on_start()
+            with self._use.step():
+                logits = self._run.start(self.results)
             prefill_seconds = time.perf_counter() - start
             start = time.perf_counter()
             while True:
-                tokens = self._sampler.sample(logits)
-                yield from self._accept(tokens)
-                self._active &= ~self._run.is_full
+                tokens = self._chosen(logits)
+                for piece in self._accept(tokens, logits):
+                    yield piece
+                    self._use.go_on()
+                    if self._is_cancelled:
+                        return
                 if not self._active.any():
                     break
-                logits = self._run.step(tokens, self._active, self.results)
-        except GeneratorExit:
-            for sample in np.flatnonzero(self._active):
-                self.results[sample].finish_reason = "cancelled"
-            raise
+                with self._use.step():
+                    logits = self._run.step(tokens, self._active, self.results)
         finally:
-            for result, decoder in zip(self.results, self._decoders, strict=True):
-                result.text += decoder.flush() if decoder is not None else ""
+            for result, text in zip(self.results, self._texts, strict=True):
+                result.text += text.flush()
                 result.prefill_seconds = prefill_seconds
                 result.decode_seconds = time.perf_counter() - start
 
-    def _accept(self, tokens: np.ndarray) -> Iterator[Piece]:
-        for sample in np.flatnonzero(self._active):
+    def _chosen(self, logits: np.ndarray) -> np.ndarray:
+        """Return the next token of each active sample, [batch] int64; 0 for the others."""
+        active = np.flatnonzero(self._active)
+        settings = self._settings
+        rows = []
+        for sample in active:
+            row, generated = logits[sample], self.results[sample].token_ids
+            check_finite(row, int(sample), len(generated))
+            if settings.repetition_penalty != 1:
+                seen = np.concatenate(
+                    [self._run.prompts[sample], np.array(generated, np.int64)]
+                )
+                row = penalised(row, seen, settings.repetition_penalty)
+            if settings.logits_processors:
+                row = processed(row, generated, settings.logits_processors)
+            rows.append(row)
+        tokens = np.zeros(len(logits), np.int64)
+        tokens[active] = self._sampler.sample(np.stack(rows), active.tolist())
+        return tokens
+
+    def _accept(self, tokens: np.ndarray, logits: np.ndarray) -> Iterator[Piece]:
+        is_full = self._run.is_full
+        for sample in np.flatnonzero(self._active).tolist():
             result, token = self.results[sample], int(tokens[sample])
             if token in self._eos:
                 result.finish_reason = "stop"
                 self._active[sample] = False
-                continue
-            result.token_ids.append(token)
-            decoder = self._decoders[sample]
-            text = decoder.push(token) if decoder is not None else ""
-            result.text += text
-            self._active[sample] = len(result.token_ids) < self._max_new_tokens
-            yield Piece(text, token, int(sample))
+            else:
+                yield self._piece(sample, token, logits[sample], bool(is_full[sample]))
+            if not self._active[sample] and (rest := self._texts[sample].flush()):
+                result.text += rest
+                yield Piece(rest, None, sample)
+
+    def _piece(self, sample: int, token: int, logits: np.ndarray, is_full: bool) -> Piece:
+        result, text = self.results[sample], self._texts[sample]
+        result.token_ids.append(token)
+        if self._settings.top_logprobs is not None:
+            result.logprobs.append(token_logprob(logits, token, self._settings.top_logprobs))
+        added = text.push(token)
+        result.text += added
+        if text.is_stopped:
+            result.finish_reason = "stop"
+        is_last = len(result.token_ids) >= self._settings.max_new_tokens
+        self._active[sample] = not (text.is_stopped or is_last or is_full)
+        return Piece(added, token, sample)
+
+
+class _AnswerText:
+    """The text of an answer as its tokens come, up to a stop string."""
+
+    def __init__(self, decoder: StreamDecoder | None, stops: Sequence[str]) -> None:
+        self._decoder = decoder
+        self._stops = StopStrings(stops)
+        self._is_over = False
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stops.found is not None
+
+    def push(self, token: int) -> str:
+        return "" if self._decoder is None else self._stops.push(self._decoder.push(token))
+
+    def flush(self) -> str:
+        """Return what was held back, once."""
+        if self._decoder is None or self._is_over or self.is_stopped:
+            return ""
+        self._is_over = True
+        return self._stops.push(self._decoder.flush()) + self._stops.flush()
 
 
 class Stream(Iterator[Piece]):
     """An answer that is being generated: iterate over its pieces, or close it to end it.
+
+    From the first piece on it holds the session, until it ends, is closed, or is dropped. Its
+    pieces may be taken by different threads, one after the other.
 
     Attributes:
         result: The answer so far; complete when the iteration has ended.
     """
 
     def __init__(self, loop: GenerationLoop) -> None:
+        self._loop = loop
         self._pieces = loop.pieces()
+        self._advancing = threading.Lock()
         self.result = loop.results[0]
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        if not self._advancing.acquire(blocking=False):
+            raise InvalidInputError(
+                "Another thread is taking the next piece of this stream; expected one at a "
+                "time. Let a single thread iterate, or put a lock around next()."
+            )
+        try:
+            return next(self._pieces)
+        finally:
+            self._advancing.release()
 
     def close(self) -> None:
-        """End the generation; `result` keeps what came, with finish_reason `cancelled`."""
-        if inspect.getgeneratorstate(self._pieces) == inspect.GEN_CREATED:
-            self.result.finish_reason = "cancelled"
-        self._pieces.close()
+        """End the generation; `result` keeps what came, with finish_reason `cancelled`.
+
+        It may be called from any thread. Where another one is taking the next piece, that piece
+        is the last.
+        """
+        self._loop.cancel()
+        if self._advancing.acquire(blocking=False):
+            try:
+                self._pieces.close()
+                self._loop.end("cancelled")  # where it had not begun
+            finally:
+                self._advancing.release()
 
 
 class CachedRun(Run):
@@ -245,19 +428,22 @@ class CachedRun(Run):
     def __init__(
         self,
         session: DecodingSession,
-        ids: list[np.ndarray],
+        ids: CheckedPrompts,
         pixels: np.ndarray | None,
         num_new: int,
     ) -> None:
         self.batch = len(ids)
         self._session = session
         self._ids, self._pixels, self._num_new = ids, pixels, num_new
-        self._num_prefills = -1
+
+    @property
+    def prompts(self) -> list[np.ndarray]:
+        """See `Run`."""
+        return self._ids
 
     def start(self, results: list[Generation]) -> np.ndarray:
         """Prefill."""
         prefill = self.prefill()
-        self._num_prefills = self._session.num_prefills
         num_image_tokens = self._session.manifest.geometry.num_image_tokens
         for sample, result in enumerate(results):
             result.num_prompt_tokens = int(prefill.cache_lengths[0, sample])
@@ -283,12 +469,6 @@ class CachedRun(Run):
         self, tokens: np.ndarray, active: np.ndarray, results: list[Generation]
     ) -> np.ndarray:
         """Decode."""
-        if self._session.num_prefills != self._num_prefills:
-            raise InvalidInputError(
-                "The session was given another prompt while this answer was generated, so its "
-                "caches no longer hold it. Finish or close one stream before the next use, or "
-                "load a second session."
-            )
         decoded = self.decode(tokens, active)
         for sample in np.flatnonzero(active):
             results[sample].num_fed_tokens += 1
@@ -301,12 +481,11 @@ class ExtendedRun(CachedRun):
     """A further prompt on top of the caches, then one decode step per token."""
 
     def __init__(self, session: DecodingSession, ids: np.ndarray) -> None:
-        super().__init__(session, [ids], None, 0)
+        super().__init__(session, CheckedPrompts([ids]), None, 0)
 
     def start(self, results: list[Generation]) -> np.ndarray:
         """Feed the prompt."""
         results[0].num_prompt_tokens = len(self._ids[0])
-        self._num_prefills = self._session.num_prefills
         return self._session.extend(self._ids).logits
 
 
@@ -316,7 +495,7 @@ class RecomputeRun(Run):
     def __init__(
         self,
         session: DecodingSession,
-        ids: list[np.ndarray],
+        ids: CheckedPrompts,
         pixels: np.ndarray | None,
         num_new: int,
     ) -> None:
@@ -326,6 +505,11 @@ class RecomputeRun(Run):
         self._features: np.ndarray | None = None
         self._outputs = np.zeros((len(ids), 0), np.int64)
         self._prompt_rows = np.zeros(len(ids), np.int64)
+
+    @property
+    def prompts(self) -> list[np.ndarray]:
+        """See `Run`."""
+        return self._ids
 
     def start(self, results: list[Generation]) -> np.ndarray:
         """Encode the image and run the prompt."""

@@ -10,6 +10,7 @@ from dllava_export.boundary import raises_expected_errors_only
 from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.errors import InvalidInputError, SettingError
 from dllava_export.runtime.session import Session
+from dllava_export.settings import whole_number
 
 __all__ = ["check_image_choice", "load"]
 
@@ -31,7 +32,8 @@ def load(
             `dllava-export build` made, or one of another package.
         max_length: Largest number of tokens, prompt and answer together, that a sample may
             have; by default the model's `max_position_embeddings`, or the capacity of its
-            engines if that is less.
+            engines if that is less. It cannot be larger than that: positions that a model was
+            not made for give no sensible answers.
         verify: Compare the files with the digests in the manifest.
         **options: The backend's own, see its `options`: `provider` ("cpu" or "cuda") and
             `num_threads` of ONNX Runtime, `cuda_graph` of TensorRT.
@@ -39,14 +41,21 @@ def load(
     Raises:
         BackendError: If there is no such backend or option, or it cannot run the bundle.
         BundleError: If the bundle is incomplete, changed, or of another schema version.
-        SettingError: If `max_length` is not positive.
+        SettingError: If `max_length` is not positive, or more than the model takes.
     """
     factory = BACKENDS.get(backend)
     chosen = backend_options(factory, options)
     folder = Path(path)
-    if max_length is not None and max_length < 1:
-        raise SettingError(f"max_length must be at least 1, got {max_length}.")
+    if max_length is not None:
+        max_length = whole_number("max_length", max_length, 1)
     manifest = read_manifest(folder, verify=verify)
+    if max_length is not None and max_length > manifest.max_position_embeddings:
+        raise SettingError(
+            f"max_length is {max_length}, the model takes "
+            f"{manifest.max_position_embeddings} tokens at most (max_position_embeddings): "
+            "positions behind them give no sensible answers. Leave max_length out, or take a "
+            "model with a longer context."
+        )
     opened = factory.open(folder, manifest, chosen, verify=verify)
     longest = manifest.max_position_embeddings if max_length is None else max_length
     if max_length is None and opened.max_length is not None:

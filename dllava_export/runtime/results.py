@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = [
+    "NOT_GIVEN",
     "DecodeResult",
     "Generation",
     "ImageInput",
+    "NotGiven",
     "OnToken",
     "Piece",
     "PrefillResult",
     "RecomputeResult",
+    "TokenLogprob",
 ]
 
 
@@ -71,9 +75,17 @@ class RecomputeResult:
     num_rows: np.ndarray
 
 
+class NotGiven(enum.Enum):
+    """What an argument is that was left out, where None says something."""
+
+    NOT_GIVEN = "not given"
+
+
+NOT_GIVEN = NotGiven.NOT_GIVEN
+
 ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
-OnToken = Callable[[int, int, str], Any]
+OnToken = Callable[[int, "int | None", str], Any]
 """Called with (sample, token id, text)."""
 
 
@@ -82,15 +94,31 @@ class Piece:
     """One generated token.
 
     Attributes:
-        text: What it adds to the answer; empty while a character is incomplete, or without a
-            tokenizer.
-        token_id: Its id.
+        text: What it adds to the answer; empty while a character is incomplete, while it may
+            be the beginning of a stop string, or without a tokenizer.
+        token_id: Its id; None in a last piece with the text that was held back until it was
+            clear that the answer ends there.
         sample: Which prompt of the batch it belongs to.
     """
 
     text: str
-    token_id: int
+    token_id: int | None
     sample: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was, before temperature and all else that changes the choice.
+
+    Attributes:
+        token_id: The generated token.
+        logprob: Natural logarithm of its probability.
+        top: Token id → the same of the likeliest ones, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
 
 
 @dataclasses.dataclass
@@ -99,9 +127,11 @@ class Generation:
 
     Attributes:
         text: The answer; empty without a tokenizer.
-        token_ids: Generated ids, the end-of-sequence id not among them.
-        finish_reason: `stop` (end of sequence), `length` (max_new_tokens or cache full) or
-            `cancelled` (the stream was closed).
+        token_ids: Generated ids, the end-of-sequence id not among them; those of a stop string
+            are, though the text ends before it.
+        logprobs: One for each of them, where `top_logprobs` was given.
+        finish_reason: `stop` (end of sequence or stop string), `length` (max_new_tokens or
+            cache full), `cancelled` (the stream was closed) or `error` (an exception ended it).
         num_prompt_tokens: Prompt rows, image tokens included.
         num_image_tokens: Image tokens before selection; 0 without an image.
         num_kept_image_tokens: Image tokens after it.
@@ -109,12 +139,15 @@ class Generation:
         num_kept_tokens: Of those, how many stay in the sparse caches; in recompute mode, how
             many the last pass kept.
         num_forced_drops: Tokens the policy wanted to keep when the sparse caches were full.
+            Where there are any, a larger `max_new_tokens`, which sizes the caches, may give
+            another answer.
         prefill_seconds: Time to the first token's logits, for the whole batch.
         decode_seconds: Time of all further passes, for the whole batch.
     """
 
     text: str = ""
     token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
     finish_reason: str = "length"
     num_prompt_tokens: int = 0
     num_image_tokens: int = 0

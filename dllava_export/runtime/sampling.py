@@ -1,4 +1,4 @@
-"""Logits to the next token: greedy, or by temperature and top-p."""
+"""Logits to the next token: greedy, or by temperature, top-k, top-p and min-p."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dllava_export.errors import BackendError, SettingError
+from dllava_export.settings import real_number, whole_number
 
 __all__ = ["Sampler"]
 
@@ -20,28 +21,40 @@ class Sampler:
 
     Args:
         temperature: What logits are divided by, at least 0. At 0 the most likely token is
-            taken (the lowest id of several), and `top_p` and `seed` have no effect.
+            taken (the lowest id of several), and the other settings have no effect.
         top_p: In (0, 1]. Tokens are drawn from the fewest most likely ones whose probability
             together reaches `top_p`.
         seed: At least 0. None draws differently in every run.
+        top_k: At least 1. Tokens are drawn from so many of the most likely ones, and `top_p`
+            is a share of theirs; None for all.
+        min_p: In [0, 1]. Tokens with a lower probability than this share of the most likely
+            one's are left out.
 
     Raises:
         SettingError: If a setting is out of range.
     """
 
     def __init__(
-        self, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
+        self,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        *,
+        top_k: int | None = None,
+        min_p: float = 0.0,
     ) -> None:
-        if not (np.isfinite(temperature) and temperature >= 0):
+        if real_number("temperature", temperature) < 0:
             raise SettingError(
                 f"temperature must be at least 0 and finite, got {temperature}."
             )
-        if not 0 < top_p <= 1:
+        if not 0 < real_number("top_p", top_p) <= 1:
             raise SettingError(f"top_p must be in (0, 1], got {top_p}.")
-        if seed is not None and seed < 0:
-            raise SettingError(f"seed must be at least 0, got {seed}.")
-        self.temperature = temperature
-        self.top_p = top_p
+        if not 0 <= real_number("min_p", min_p) <= 1:
+            raise SettingError(f"min_p must be in [0, 1], got {min_p}.")
+        self.temperature = float(temperature)
+        self.top_p, self.min_p = float(top_p), float(min_p)
+        self.top_k = None if top_k is None else whole_number("top_k", top_k, 1)
+        seed = None if seed is None else whole_number("seed", seed, 0)
         self._entropy = np.random.SeedSequence(seed).entropy
         self._streams: dict[int, np.random.Generator] = {}
 
@@ -89,13 +102,17 @@ class Sampler:
         )
 
     def _draw(self, logits: np.ndarray, sample_index: int) -> int:
-        order = np.argsort(-logits, kind="stable")
+        order = np.argsort(-logits, kind="stable")[: self.top_k]
         # The maximum is subtracted first: a tiny temperature then gives -inf, never +inf.
         with np.errstate(over="ignore"):
             scaled = (logits[order].astype(np.float64) - logits.max()) / self.temperature
-        cumulative = np.cumsum(np.exp(scaled))
+        weights = np.exp(scaled)  # the most likely token's is 1
+        cumulative = np.cumsum(weights)
         cumulative /= cumulative[-1]
-        num_candidates = int(np.searchsorted(cumulative, self.top_p)) + 1
+        num_candidates = min(
+            int(np.searchsorted(cumulative, self.top_p)) + 1,
+            int(np.count_nonzero(weights >= self.min_p)),
+        )
         candidates = cumulative[:num_candidates]
         drawn = self._stream(sample_index).random() * candidates[-1]
         # The product may round up to the last candidate's bound.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from dllava_export.errors import InvalidInputError
+from dllava_export.prompts.token_ids import checked_ids, is_one_row
 from dllava_export.runtime.chat import Chat
 from dllava_export.runtime.decoding import DecodingSession
 from dllava_export.runtime.generation import (
@@ -17,10 +19,12 @@ from dllava_export.runtime.generation import (
     prompt_ids,
     start_run,
 )
+from dllava_export.runtime.results import NOT_GIVEN, NotGiven
 from dllava_export.settings import settings_from
 
 if TYPE_CHECKING:
-    from dllava_export.prompts.reader import Prompts
+    from dllava_export.prompts.reader import AttentionMask, Prompts
+    from dllava_export.runtime.logits import LogitsProcessor
     from dllava_export.runtime.results import Generation, ImageInput, OnToken
 
 __all__ = ["Session"]
@@ -31,6 +35,11 @@ class Session(DecodingSession):
 
     `generate` gives whole answers, `stream` one piece by piece, `chat` a conversation. What
     they are made of is public too, see `DecodingSession`.
+
+    One caller uses a session at a time. A second thread's `generate`, `stream` or `Chat.ask`
+    waits until the whole answer before is there; asked from `on_token`, or by the thread that
+    is taking the pieces of a stream, it is refused with `InvalidInputError`, since it would
+    wait for itself.
     """
 
     @overload
@@ -38,12 +47,39 @@ class Session(DecodingSession):
         self,
         prompts: str,
         *,
-        image: ImageInput | None = None,
+        image: ImageInput | NotGiven | None = NOT_GIVEN,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
         mode: str = "cache",
+        top_k: int | None = None,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        logits_processors: Sequence[LogitsProcessor] = (),
+        top_logprobs: int | None = None,
+        on_token: OnToken | None = None,
+    ) -> Generation: ...
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a batch is a sequence too
+        self,
+        *,
+        image: ImageInput | NotGiven | None = NOT_GIVEN,
+        input_ids: Sequence[int],
+        attention_mask: AttentionMask | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        mode: str = "cache",
+        top_k: int | None = None,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        logits_processors: Sequence[LogitsProcessor] = (),
+        top_logprobs: int | None = None,
         on_token: OnToken | None = None,
     ) -> Generation: ...
 
@@ -54,11 +90,18 @@ class Session(DecodingSession):
         images: Sequence[ImageInput | None] | None = None,
         *,
         input_ids: Prompts | None = None,
+        attention_mask: AttentionMask | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
         mode: str = "cache",
+        top_k: int | None = None,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        logits_processors: Sequence[LogitsProcessor] = (),
+        top_logprobs: int | None = None,
         on_token: OnToken | None = None,
     ) -> list[Generation]: ...
 
@@ -67,8 +110,9 @@ class Session(DecodingSession):
         prompts: str | Sequence[str] | None = None,
         images: Sequence[ImageInput | None] | None = None,
         *,
-        image: ImageInput | None = None,
+        image: ImageInput | NotGiven | None = NOT_GIVEN,
         input_ids: Prompts | None = None,
+        attention_mask: AttentionMask | None = None,
         on_token: OnToken | None = None,
         **settings: Any,
     ) -> Generation | list[Generation]:
@@ -79,53 +123,70 @@ class Session(DecodingSession):
 
         Args:
             prompts: The question, or several; the bundle's chat template is put around each.
-            images: One per prompt of a list: a path, a PIL image, an array, or None without an
-                image.
-            image: The picture of a single prompt.
-            input_ids: Token ids instead of `prompts`, as for prefill.
-            max_new_tokens: Tokens generated at most, per sample; 128 by default.
+            images: One per prompt of a list: a path, a PIL image, an array, or None for a
+                text-only prompt. A bundle that takes pictures needs to be told.
+            image: The picture of a single prompt; likewise.
+            input_ids: Token ids instead of `prompts`, as for prefill; those of a single prompt
+                in one dimension give one answer.
+            attention_mask: As for prefill; with `input_ids`.
+            max_new_tokens: Tokens generated at most, per sample; 128 by default. It also sizes
+                the sparse caches: where they run full (`Generation.num_forced_drops`), another
+                number may give another answer.
             temperature: 0, the default, takes the likeliest token.
             top_p: Share of probability to sample from, in (0, 1].
             seed: For sampling; each sample of a batch has its own stream.
             mode: `cache`, or `recompute` for a pass without KV cache per token.
+            top_k: Number of likeliest tokens to sample from.
+            min_p: Leaves out tokens below this share of the likeliest one's probability.
+            repetition_penalty: Above 1, makes tokens that were there before less likely.
+            stop: One text, or several, that end the answer.
+            logits_processors: Callables that change logits, see `LogitsProcessor`.
+            top_logprobs: How many of the likeliest tokens to tell beside the chosen one.
             on_token: Called with (sample, token id, text) as tokens come; text is empty
-                while it is incomplete, or without a tokenizer.
-            **settings: Those of the overloads: `max_new_tokens` to `mode`.
+                while it is incomplete, or without a tokenizer. It must not use the session.
+            **settings: Those of `GenerationSettings`: `max_new_tokens` to `top_logprobs`.
 
         Returns:
             One `Generation` per prompt, each equal to what the prompt gives alone.
 
         Raises:
-            InvalidInputError: If prompts and images do not fit.
+            InvalidInputError: If prompts and images do not fit, the thread is in the middle
+                of another answer, or the session is closed.
             CapacityError: If a prompt is too long.
             SettingError: If a setting is out of range.
         """
         chosen = settings_from(GenerationSettings, settings)
-        if isinstance(prompts, str):
-            if images is not None or input_ids is not None:
+        ids_of_one = prompts is None and input_ids is not None and is_one_row(input_ids)
+        is_single = isinstance(prompts, str) or ids_of_one
+        if is_single:
+            if images is not None or (prompts is not None and input_ids is not None):
                 raise InvalidInputError(
                     "One prompt was given with a list; its picture is `image`. Pass lists of "
                     "prompts and images for several answers."
                 )
-            loop = self._loop([prompts], [image], None, chosen)
-        elif image is not None:
+            images = None if isinstance(image, NotGiven) else [image]
+            if isinstance(prompts, str):
+                prompts = [prompts]
+        elif not isinstance(image, NotGiven):
             raise InvalidInputError(
                 "`image` is the picture of a single prompt; with a list of prompts pass "
                 "`images`, one or None for each."
             )
-        else:
-            loop = self._loop(prompts, images, input_ids, chosen)
-        for piece in loop.pieces():
-            if on_token is not None:
-                on_token(piece.sample, piece.token_id, piece.text)
-        return loop.results[0] if isinstance(prompts, str) else loop.results
+        loop = self._loop(prompts, images, input_ids, attention_mask, chosen)
+        # An error of on_token's must not leave the session to a generation that is over.
+        with contextlib.closing(loop.pieces()) as pieces:
+            for piece in pieces:
+                if on_token is not None:
+                    on_token(piece.sample, piece.token_id, piece.text)
+        return loop.results[0] if is_single else loop.results
 
     def stream(
         self,
         prompt: str | None = None,
         *,
-        image: ImageInput | None = None,
+        image: ImageInput | NotGiven | None = NOT_GIVEN,
         input_ids: Sequence[int] | np.ndarray | None = None,
+        attention_mask: Sequence[int] | np.ndarray | None = None,
         **settings: Any,
     ) -> Stream:
         """Answer a prompt piece by piece.
@@ -134,8 +195,10 @@ class Session(DecodingSession):
 
         Args:
             prompt: The question.
-            image: Its picture.
+            image: Its picture; None for a text-only prompt. A bundle that takes pictures
+                needs to be told.
             input_ids: [t] token ids instead of `prompt`, -200 for the image.
+            attention_mask: [t] of 0 and 1, as for prefill; with `input_ids`.
             **settings: See `generate`.
 
         Returns:
@@ -147,10 +210,11 @@ class Session(DecodingSession):
             SettingError: If a setting is out of range.
         """
         prompts = None if prompt is None else [prompt]
-        ids = None if input_ids is None else [np.asarray(input_ids)]
-        return Stream(
-            self._loop(prompts, [image], ids, settings_from(GenerationSettings, settings))
-        )
+        ids = None if input_ids is None else [checked_ids(input_ids, "input_ids", num_dims=1)]
+        mask = None if attention_mask is None else [np.asarray(attention_mask)]
+        images = None if isinstance(image, NotGiven) else [image]
+        chosen = settings_from(GenerationSettings, settings)
+        return Stream(self._loop(prompts, images, ids, mask, chosen))
 
     def chat(self) -> Chat:
         """Return a conversation whose turns build on each other's caches; see `Chat`."""
@@ -161,7 +225,15 @@ class Session(DecodingSession):
         prompts: Sequence[str] | None,
         images: Sequence[ImageInput | None] | None,
         input_ids: Prompts | None,
+        attention_mask: AttentionMask | None,
         settings: GenerationSettings,
     ) -> GenerationLoop:
-        ids = prompt_ids(self, prompts, images, input_ids)
+        is_text = input_ids is None and isinstance(prompts, Sequence) and len(prompts) > 0
+        if is_text and images is None and self.manifest.has_visual:
+            raise InvalidInputError(
+                "The bundle takes an image with its prompt, and none was given. Pass image=..., "
+                "or images=[...] for several prompts; None in its place makes a prompt "
+                "text-only."
+            )
+        ids = prompt_ids(self, prompts, images, input_ids, attention_mask)
         return GenerationLoop(self, start_run(self, ids, images, settings), settings)

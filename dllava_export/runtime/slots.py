@@ -1,14 +1,16 @@
 """Slots: sequences side by side in the caches, each filled, stepped and released on its own.
 
 A slot is one sample's part of every cache buffer. What is known of it stands here: how many
-rows of each cache group are valid, and which position comes next. A backend only runs graphs.
+rows of each cache group are valid, how many may be, and which position comes next. A backend
+only runs graphs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from dllava_export.backends.backend import Backend, StepInputs, StepOutputs
 from dllava_export.backends.kv_plan import SPARE_ROWS, KVPlan
 from dllava_export.errors import CapacityError, InvalidInputError
 from dllava_export.prompts.rows import PromptRows
+from dllava_export.prompts.token_ids import checked_mask
 
 __all__ = ["SlotStep", "Slots"]
 
@@ -44,18 +47,28 @@ class Slots:
     Args:
         backend: What runs the graphs.
         max_length: Tokens that a slot may have, prompt and answer together.
+        most_positions: Tokens that the model takes: the largest `max_length` there is, and
+            that where None.
 
     Attributes:
         write_indices: Cache group → [slots] int64, valid rows.
+        limits: Cache group → [slots] int64, rows that may become valid: what a slot's own plan
+            has, whatever its neighbours need.
         positions: [slots] int64, the position of each slot's next token: not a cache row.
         is_busy: [slots] bool, true from `admit` to `release`.
     """
 
-    def __init__(self, backend: Backend, max_length: int) -> None:
+    def __init__(
+        self, backend: Backend, max_length: int, most_positions: int | None = None
+    ) -> None:
         self._backend = backend
         self._max_length = max_length
+        self._most_positions = most_positions or max_length
         self._plan: KVPlan | None = None
         self.write_indices: dict[str, np.ndarray] = {}
+        self.limits: dict[str, np.ndarray] = {}
+        self._room: list[int] = []
+        self._binding_limits: dict[str, np.ndarray] = {}
         self.positions = np.zeros(0, np.int64)
         self.is_busy = np.zeros(0, bool)
         self._all_are_busy = False
@@ -72,11 +85,9 @@ class Slots:
         return self._plan
 
     @property
-    def room(self) -> int:
-        """Tokens that a slot may have here; engines have more cache rows than were asked for."""
-        # The first layer belongs to the group that stores every row.
-        capacity = self.plan.capacities[self.plan.groups[0].name]
-        return min(capacity - SPARE_ROWS, self._max_length)
+    def is_full(self) -> np.ndarray:
+        """[slots] bool, true where no further token fits."""
+        return self.num_rows >= self.limits[self.plan.groups[0].name]
 
     @property
     def num_rows(self) -> np.ndarray:
@@ -92,8 +103,14 @@ class Slots:
             lengths[group.layers] = self.write_indices[group.name]
         return lengths
 
-    def allocate(self, plan: KVPlan) -> None:
-        """Make `plan.batch` idle slots; what was in the caches is dropped."""
+    def allocate(self, plan: KVPlan, own: Sequence[KVPlan] | None = None) -> None:
+        """Make `plan.batch` idle slots; what was in the caches is dropped.
+
+        Args:
+            plan: The buffers.
+            own: What each slot may use of them; all of it where None.
+        """
+        own = [plan] * plan.batch if own is None else own
         self._backend.allocate(plan)
         self._plan = self._backend.plan  # an engine's buffers may be larger
         self.write_indices = {
@@ -102,6 +119,33 @@ class Slots:
         self.positions = np.zeros(plan.batch, np.int64)
         self.is_busy = np.zeros(plan.batch, bool)
         self._all_are_busy = False
+        # The first group stores every row: prompt and answer.
+        first = plan.groups[0].name
+        self._set_limits(
+            {
+                group.name: np.array(
+                    [
+                        min(one.capacities[group.name] - SPARE_ROWS, self._max_length)
+                        if group.name == first
+                        else one.capacities[group.name] - SPARE_ROWS
+                        for one in own
+                    ],
+                    np.int64,
+                )
+                for group in plan.groups
+            }
+        )
+
+    def _set_limits(self, limits: dict[str, np.ndarray]) -> None:
+        """Note limits, and which of them the graph does not keep: it knows buffers only."""
+        self.limits = limits
+        first, *others = (group.name for group in self.plan.groups)
+        self._room = limits[first].tolist()
+        self._binding_limits = {
+            name: limits[name]
+            for name in others
+            if limits[name].min() < self.plan.capacities[name] - SPARE_ROWS
+        }
 
     def admit(
         self, rows: PromptRows, kept_lengths: np.ndarray, slot: int | None = None
@@ -194,7 +238,7 @@ class Slots:
         else:
             fed = _some_slots(active, plan.batch)
         first, last = plan.groups[0].name, plan.groups[-1].name
-        if max(self.write_indices[first].tolist()) >= self.room:
+        if any(map(operator.ge, self.write_indices[first].tolist(), self._room)):
             self._check_room(fed.is_active)
         before = self.write_indices[last]
         outputs = self._backend.decode(
@@ -209,6 +253,9 @@ class Slots:
             )
         )
         self.write_indices = outputs.next_write_indices
+        for name, limit in self._binding_limits.items():
+            # As the graph does it for the buffer: a row behind the limit is not counted.
+            self.write_indices[name] = np.minimum(self.write_indices[name], limit)
         self.positions = self.positions + fed.num_rows
         keep = self.write_indices[last] > before
         wanted = fed.is_active if outputs.keep is None else outputs.keep & fed.is_active
@@ -229,20 +276,28 @@ class Slots:
             CapacityError: If a slot has no room for its rows.
         """
         plan = self.plan
-        needed = int((self.num_rows + lengths).max())
-        if needed > self.room:
+        room = self.limits[plan.groups[0].name]
+        needed = self.num_rows + lengths
+        for slot in np.flatnonzero(needed > room):
+            remedy = self._remedy(int(room[slot]), ", or allow more with ")
             raise CapacityError(
-                f"With this prompt the conversation has {needed} tokens, its KV cache has room "
-                f"for {self.room}. Start anew, or prefill with a larger max_new_tokens or "
-                "max_length."
+                f"With this prompt the conversation has {needed[slot]} tokens, its KV cache has "
+                f"room for {room[slot]}. Start anew{remedy}."
             )
-        left = self.room - needed
+        left = room - needed
+        limits = dict(self.limits)
         for group in plan.groups[1:]:
-            rows = int((self.write_indices[group.name] + lengths).max())
-            if rows + SPARE_ROWS > plan.capacities[group.name]:
-                grown = min(rows + left, rows + max(left // 2, 1))
-                self._backend.grow(plan.with_rows(group.name, grown))
+            rows = self.write_indices[group.name] + lengths
+            grown = rows + np.minimum(left, np.maximum(left // 2, 1))
+            if self._backend.max_length is not None:  # buffers that cannot grow
+                most = plan.capacities[group.name] - SPARE_ROWS
+                grown = np.minimum(grown, np.maximum(rows, most))
+            limit = limits[group.name]
+            limits[group.name] = limit = np.where(rows > limit, grown, limit)
+            if limit.max() + SPARE_ROWS > plan.capacities[group.name]:
+                self._backend.grow(plan.with_rows(group.name, int(limit.max())))
                 self._plan = plan = self._backend.plan or plan
+        self._set_limits(limits)
 
     def advance(self, num_rows: Mapping[str, int]) -> None:
         """Count rows as stored that were not fed: to time what a length costs.
@@ -264,12 +319,21 @@ class Slots:
         self.positions = self.positions - (before - self.num_rows)
 
     def _check_room(self, is_active: np.ndarray) -> None:
-        full = np.flatnonzero(is_active & (self.num_rows >= self.room))
-        if full.size:
+        full = np.flatnonzero(is_active & self.is_full)
+        for slot in full:
+            length = int(self.num_rows[slot])
             raise CapacityError(
-                f"The KV cache of sample {full[0]} is full at {self.num_rows[full[0]]} tokens. "
-                "Allow more with max_length or max_new_tokens."
+                f"The KV cache of sample {slot} is full at {length} tokens. "
+                f"{self._remedy(length, 'Allow more with ') or 'The model takes no more'}."
             )
+
+    def _remedy(self, room: int, verb: str) -> str:
+        """Return what gives a sample more than `room` tokens; empty where nothing does."""
+        if room < self._max_length:
+            return f"{verb}a larger max_new_tokens"
+        if self._max_length < self._most_positions:
+            return f"{verb}a larger max_length ({self._most_positions} at most)"
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,12 +357,8 @@ def _all_slots(num_slots: int) -> _FedSlots:
 
 
 def _some_slots(active: np.ndarray, num_slots: int) -> _FedSlots:
-    is_active = np.array(active, bool)
-    if is_active.shape != (num_slots,):
-        raise InvalidInputError(
-            f"active has shape {is_active.shape}, expected ({num_slots},): one for each sample."
-        )
-    return _fed_slots(is_active)
+    # Copied: a caller may write into its own before the next step.
+    return _fed_slots(checked_mask(active, "active", (num_slots,)).copy())
 
 
 def _fed_slots(is_active: np.ndarray) -> _FedSlots:

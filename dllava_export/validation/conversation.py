@@ -165,7 +165,8 @@ def conversation_about(
     text = session.tokenizer.render(prompt, with_image=image is not None)
     ids = np.asarray(session.tokenizer.encode(text), np.int64)
     pixels = None if image is None else session.image_processor([image])
-    logits = session.prefill([ids], pixels, max_new_tokens=num_steps).logits
+    prompts = session.normalised_prompts(ids, np.ones_like(ids))
+    logits = session.prefill(prompts, pixels, max_new_tokens=num_steps).logits
     tokens: list[int] = []
     while len(tokens) < num_steps:
         if session.is_full[0]:

@@ -185,7 +185,10 @@ def _feeds(
         folder, bundle_graphs(folder), layers=False, lowered=False, num_threads=num_threads
     )
     session = Session(folder, manifest, backend, manifest.max_position_embeddings)
-    ids, answer = [conversation.input_ids], conversation.output_ids
+    # Drawn at random, or a whole prompt: nothing in it is padding.
+    whole = np.ones_like(conversation.input_ids)
+    ids = session.normalised_prompts(conversation.input_ids, whole)
+    answer = conversation.output_ids
     features = conversation.image_features
     if conversation.pixel_values is not None:
         features = session.encode_images(conversation.pixel_values)

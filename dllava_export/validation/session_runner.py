@@ -95,7 +95,9 @@ class SessionRunner(ConversationRunner):
     def converse(self, feed: Mapping[str, np.ndarray]) -> Outputs:
         """Prefill, feed the answer token by token, then recompute it in one pass."""
         session = self._session
-        ids, answer = feed[INPUT_IDS], feed[OUTPUT_IDS]
+        # Drawn at random, or a whole prompt: nothing in it is padding.
+        ids = session.normalised_prompts(feed[INPUT_IDS], np.ones_like(feed[INPUT_IDS]))
+        answer = feed[OUTPUT_IDS]
         features = feed.get(IMAGE_FEATURES)
         found: Outputs = {}
         if PIXEL_VALUES in feed:

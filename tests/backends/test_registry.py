@@ -104,12 +104,12 @@ def test_a_backend_of_another_package_is_opened(bundles, install):
     path = bundles.path("mha")
     with load(path, "mine", speed=3, verify=False) as session:
         assert session.backend == "mine"
-        found = session.generate("w5 w9", max_new_tokens=4)
+        found = session.generate("w5 w9", image=None, max_new_tokens=4)
     ((folder, manifest, options, verify),) = opened()
     assert (folder, verify) == (path, False)
     assert manifest == session.manifest
     assert dataclasses.asdict(options) == {"speed": 3, "quiet": True}
-    expected = bundles.session("mha").generate("w5 w9", max_new_tokens=4)
+    expected = bundles.session("mha").generate("w5 w9", image=None, max_new_tokens=4)
     assert (found.text, found.token_ids) == (expected.text, expected.token_ids)
 
 

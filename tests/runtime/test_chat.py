@@ -196,7 +196,9 @@ def test_later_turns_find_room_in_the_sparse_caches(bundles, monkeypatch):
 @pytest.mark.parametrize(
     "use",
     [
-        pytest.param(lambda session: session.generate("w5", max_new_tokens=2), id="generate"),
+        pytest.param(
+            lambda session: session.generate("w5", image=None, max_new_tokens=2), id="generate"
+        ),
         pytest.param(lambda session: session.prefill([[5, 6]]), id="prefill"),
         pytest.param(lambda session: session.chat().ask("w5", max_new_tokens=2), id="chat"),
     ],
@@ -215,7 +217,7 @@ def test_another_use_of_the_session_ends_the_chat(session, use):
 def test_a_pass_without_caches_does_not_end_the_chat(endless):
     chat = endless.chat()
     first = chat.ask(QUESTIONS[0], max_new_tokens=3)
-    endless.generate("w60", max_new_tokens=2, mode="recompute")
+    endless.generate("w60", image=None, max_new_tokens=2, mode="recompute")
     answer = chat.ask(QUESTIONS[1], max_new_tokens=4)
     logits = by_hand(endless, None, [first.token_ids])[-1]
     assert answer.token_ids == greedy(endless, logits, 4)
@@ -255,7 +257,10 @@ def test_a_first_question_that_does_not_fit_may_be_asked_shorter(bundles, monkey
         chat.ask(" ".join(["w9"] * 90), max_new_tokens=2)
     assert chat.turns == []
     answer = chat.ask(QUESTIONS[0], max_new_tokens=2)
-    assert answer.token_ids == session.generate(QUESTIONS[0], max_new_tokens=2).token_ids
+    assert (
+        answer.token_ids
+        == session.generate(QUESTIONS[0], image=None, max_new_tokens=2).token_ids
+    )
 
 
 def test_a_question_that_does_not_fit_leaves_the_conversation_as_it_was(bundles, monkeypatch):

@@ -77,7 +77,7 @@ def test_prompts_are_put_in_the_chat_template(bundles):
 
 def test_text_is_that_of_the_tokens(bundles):
     session = bundles.session("mha")
-    [answer] = session.generate(prompts=["w40 w41"], max_new_tokens=10)
+    [answer] = session.generate(["w40 w41"], [None], max_new_tokens=10)
     words = [f"w{token}" for token in answer.token_ids if token > 2]
     assert answer.text == " ".join(words)
     assert words
@@ -111,14 +111,14 @@ def test_one_prompt_gives_one_answer(bundles, picture, mode):
     [
         pytest.param([image(0), image(1), image(2)], id="all with images"),
         pytest.param([None, image(1), None], id="one with an image"),
-        pytest.param(None, id="text"),
+        pytest.param([None, None, None], id="text"),
     ],
 )
 def test_samples_of_a_batch_are_answered_as_alone(bundles, images, mode):
     session = bundles.session("mha")
     together = session.generate(QUESTIONS, images, max_new_tokens=8, mode=mode)
     for sample, question in enumerate(QUESTIONS):
-        own = images[sample : sample + 1] if images is not None else None
+        own = images[sample : sample + 1]
         [alone] = session.generate([question], own, max_new_tokens=8, mode=mode)
         assert counts(together[sample]) == counts(alone)
 
@@ -163,7 +163,7 @@ def test_streamed_text_joins_to_the_answer(bundles):
 
 def test_text_that_was_held_back_ends_the_answer(bundles, monkeypatch):
     monkeypatch.setattr(StreamDecoder, "flush", lambda decoder: " (rest)")
-    [answer] = bundles.session("mha").generate(prompts=["w40"], max_new_tokens=2)
+    [answer] = bundles.session("mha").generate(["w40"], [None], max_new_tokens=2)
     assert answer.text.endswith(" (rest)")
 
 
@@ -394,7 +394,9 @@ def test_refuses_settings_out_of_range(bundles, settings, message):
             {"input_ids": [[5, 131]]}, "token id 131 at position 1 is not in", id="id"
         ),
         pytest.param(
-            {"prompts": ["<image> w5"]}, "contains '<image>'; expected plain", id="written out"
+            {"prompts": ["<image> w5"], "images": [None]},
+            "contains '<image>'; expected plain",
+            id="written out",
         ),
         pytest.param(
             {"prompts": ["w5"], "images": ["no_such.png"]},
@@ -418,4 +420,4 @@ def test_refuses_a_prompt_that_is_too_long(bundles, mode):
 
 def test_text_needs_a_tokenizer(bundles):
     with pytest.raises(InvalidInputError, match="has no tokenizer, so it takes token ids"):
-        bundles.session("gqa").generate(prompts=["w5"])
+        bundles.session("gqa").generate(["w5"], [None])

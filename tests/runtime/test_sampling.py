@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tolerances
 
-from dllava_export.errors import BackendError
+from dllava_export.errors import BackendError, SettingError
 from dllava_export.runtime.sampling import Sampler
 
 
@@ -105,7 +105,7 @@ def test_empty_batch():
     ("settings", "message"),
     [
         ({"temperature": -0.1}, r"temperature must be at least 0 and finite, got -0\.1\."),
-        ({"temperature": float("nan")}, "temperature must be at least 0 and finite, got nan"),
+        ({"temperature": float("nan")}, "temperature must be a finite number, got nan"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0\."),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1\.1\."),
         ({"seed": -1}, r"seed must be at least 0, got -1\."),
@@ -141,3 +141,44 @@ def test_logits_of_another_shape():
 def test_sample_indices_of_another_length():
     with pytest.raises(ValueError, match="one sample for each of 2 rows, got 1"):
         Sampler(1.0).sample(np.zeros((2, 5), np.float32), [0])
+
+
+def drawn(**settings):
+    probabilities = np.array([0.4, 0.3, 0.2, 0.1])
+    logits = np.tile(np.log(probabilities).astype(np.float32), (4000, 1))
+    return np.bincount(Sampler(1.0, seed=0, **settings).sample(logits), minlength=4) / 4000
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        pytest.param({"top_k": 1}, [1, 0, 0, 0], id="greedy"),
+        pytest.param({"top_k": 2}, [4 / 7, 3 / 7, 0, 0], id="top k"),
+        pytest.param({"top_k": 9}, [0.4, 0.3, 0.2, 0.1], id="more than there are"),
+        pytest.param({"min_p": 0.6}, [4 / 7, 3 / 7, 0, 0], id="min p"),
+        pytest.param({"min_p": 1.0}, [1, 0, 0, 0], id="the likeliest alone"),
+        pytest.param({"top_k": 3, "top_p": 0.75}, [4 / 7, 3 / 7, 0, 0], id="top p of top k"),
+        pytest.param({"top_p": 0.95, "min_p": 0.7}, [4 / 7, 3 / 7, 0, 0], id="both shares"),
+    ],
+)
+def test_draws_from_the_likeliest(settings, expected):
+    np.testing.assert_allclose(drawn(**settings), expected, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": None}, "temperature must be a finite number, got None"),
+        ({"temperature": "1"}, "temperature must be a finite number, got '1'"),
+        ({"temperature": True}, "temperature must be a finite number, got True"),
+        ({"top_p": None}, "top_p must be a finite number, got None"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_k": 2.5}, "top_k must be a whole number, got 2.5"),
+        ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
+        ({"min_p": 2}, r"min_p must be in \[0, 1\], got 2"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+    ],
+)
+def test_settings_of_another_kind(settings, message):
+    with pytest.raises(SettingError, match=message):
+        Sampler(**settings)

@@ -11,7 +11,13 @@ from golden import feed, load_case
 from dllava_export.backends.kv_plan import SPARE_ROWS
 from dllava_export.backends.ort.backend import OrtBackend
 from dllava_export.bundles.manifest import read_manifest
-from dllava_export.errors import BackendError, BundleError, CapacityError, InvalidInputError
+from dllava_export.errors import (
+    BackendError,
+    BundleError,
+    CapacityError,
+    InvalidInputError,
+    SettingError,
+)
 from dllava_export.runtime.loading import check_image_choice, load
 from dllava_export.runtime.session import Session
 
@@ -172,14 +178,17 @@ def test_decode_fills_the_cache_to_the_last_planned_token(bundles):
     for token in random_tokens(3, batch=2):
         assert not session.is_full.any()
         session.decode(token)
-    assert session.is_full.tolist() == [True, False]
-    with pytest.raises(CapacityError, match=r"cache of sample 0 is full at 13 tokens\. Allow"):
+    assert session.is_full.tolist() == [True, True]
+    with pytest.raises(
+        CapacityError,
+        match=r"sample 0 is full at 13 tokens\. Allow more with a larger max_new_tokens",
+    ):
         session.decode([5, 5])
 
 
 def test_a_finished_sample_may_be_full_and_does_not_change(bundles):
-    session = bundles.session("mha")
-    session.prefill([PROMPT, PROMPT[:4]], max_new_tokens=2)
+    session = bundles.fresh_session("mha", max_length=12)
+    session.prefill([PROMPT, PROMPT[:4]])
     for token in random_tokens(2, batch=2):
         session.decode(token)
     before = [part[0, :, :12].copy() for i in range(4) for part in session.cache(i)]
@@ -217,13 +226,32 @@ def test_max_length_is_the_model_s_by_default(bundles):
     assert bundles.session("mha").max_length == 512
 
 
-def test_positions_may_exceed_the_model_s(bundles):
-    session = bundles.fresh_session("mha", max_length=600, output_text_keep_rate=1.0)
-    ids = random_tokens(560)[:, 0]
-    session.prefill([ids[:540]])
-    for token in ids[540:]:
-        step = session.decode([token])
-    assert_close(step.logits, session.recompute([ids]).logits)
+def test_max_length_is_the_model_s_at_most(bundles):
+    load(bundles.path("mha"), max_length=512).close()
+    with pytest.raises(
+        SettingError, match=r"max_length is 513, the model takes 512 tokens at most .*Leave"
+    ):
+        load(bundles.path("mha"), max_length=513)
+
+
+def test_no_message_advises_more_than_the_model_takes(bundles):
+    long = np.tile(PROMPT, 60)
+    with pytest.raises(CapacityError, match=r"Shorten the prompt: the model takes no longer"):
+        bundles.session("mha").prefill([long])
+    short = bundles.fresh_session("mha", max_length=len(PROMPT))
+    with pytest.raises(CapacityError, match=r"a larger max_length \(512 at most\)"):
+        short.prefill([long])
+    short.prefill([PROMPT])
+    with pytest.raises(CapacityError, match=r"a larger max_length \(512 at most\)"):
+        short.decode([5])
+    session = bundles.session("mha")
+    session.prefill([long[:512]])
+    with pytest.raises(
+        CapacityError, match=r"is full at 512 tokens\. The model takes no more\.$"
+    ):
+        session.decode([5])
+    with pytest.raises(CapacityError, match=r"has room for 512\. Start anew\.$"):
+        session.extend([[5]])
 
 
 # Further prompts.
@@ -394,7 +422,6 @@ ONE_IMAGE = (pixels(), None)
     [
         pytest.param([], NO_IMAGE, "There is no prompt; expected at least one", id="none"),
         pytest.param([[]], NO_IMAGE, r"Sample 0: the prompt has shape \[0\]", id="empty"),
-        pytest.param([1, 2], NO_IMAGE, r"is int64 of shape \[\], expected", id="flat"),
         pytest.param([[1.0]], NO_IMAGE, r"is float64 of shape \[1\], expected", id="floats"),
         pytest.param([[[1]]], NO_IMAGE, r"is int64 of shape \[1, 1\], expected", id="deep"),
         pytest.param(

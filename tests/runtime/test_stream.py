@@ -60,16 +60,19 @@ def test_a_picture_goes_with_token_ids(bundles):
 def test_settings_are_those_of_generate(bundles):
     session = bundles.session("mha")
     settings = {"max_new_tokens": 8, "temperature": 2.0, "top_p": 0.9, "seed": 7}
-    expected = session.generate(QUESTION, **settings)
-    stream = session.stream(QUESTION, **settings)
+    expected = session.generate(QUESTION, image=None, **settings)
+    stream = session.stream(QUESTION, image=None, **settings)
     assert [piece.token_id for piece in stream] == expected.token_ids
-    assert expected.token_ids != session.generate(QUESTION, max_new_tokens=8).token_ids
+    assert (
+        expected.token_ids
+        != session.generate(QUESTION, image=None, max_new_tokens=8).token_ids
+    )
 
 
 def test_pieces_come_as_they_are_made(bundles):
     session = bundles.session("mha")
     prompt = session.tokenizer.encode(session.tokenizer.render(QUESTION, with_image=False))
-    stream = session.stream(QUESTION, max_new_tokens=10)
+    stream = session.stream(QUESTION, image=None, max_new_tokens=10)
     before = session.num_prefills
     for count in range(1, 4):
         piece = next(stream)
@@ -81,7 +84,7 @@ def test_pieces_come_as_they_are_made(bundles):
 
 
 def test_it_ends_once(bundles):
-    stream = bundles.session("mha").stream(QUESTION, max_new_tokens=2)
+    stream = bundles.session("mha").stream(QUESTION, image=None, max_new_tokens=2)
     assert iter(stream) is stream
     assert len(list(stream)) == 2
     assert list(stream) == []
@@ -94,8 +97,8 @@ def test_it_ends_once(bundles):
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_closing_cancels(bundles, mode, count):
     session = bundles.session("mha")
-    expected = session.generate(QUESTION, max_new_tokens=10, mode=mode)
-    stream = session.stream(QUESTION, max_new_tokens=10, mode=mode)
+    expected = session.generate(QUESTION, image=None, max_new_tokens=10, mode=mode)
+    stream = session.stream(QUESTION, image=None, max_new_tokens=10, mode=mode)
     pieces = [next(stream) for _ in range(count)]
     stream.close()
     assert stream.result.finish_reason == "cancelled"
@@ -104,24 +107,10 @@ def test_closing_cancels(bundles, mode, count):
     assert list(stream) == []
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_another_prompt_meanwhile_is_an_error(bundles, count):
-    """Going on would decode on the other prompt's caches."""
-    session = bundles.session("mha")
-    expected = session.generate(QUESTION, max_new_tokens=10)
-    stream = session.stream(QUESTION, max_new_tokens=10)
-    for _ in range(count):
-        next(stream)
-    session.generate("w40 w41", max_new_tokens=2)
-    with pytest.raises(InvalidInputError, match="was given another prompt while this answer"):
-        next(stream)
-    assert stream.result.token_ids == expected.token_ids[:count]
-
-
 def test_the_session_can_be_used_after_closing(bundles):
     session = bundles.session("mha")
     expected = session.generate(QUESTION, image=image(), max_new_tokens=8)
-    stream = session.stream("w40 w41", max_new_tokens=8)
+    stream = session.stream("w40 w41", image=None, max_new_tokens=8)
     next(stream)
     stream.close()
     again = session.generate(QUESTION, image=image(), max_new_tokens=8)
@@ -132,8 +121,8 @@ def test_the_session_can_be_used_after_closing(bundles):
 
 def test_closing_goes_on_with_the_session_s_caches(bundles):
     session = bundles.session("mha")
-    expected = session.generate(QUESTION, max_new_tokens=4)
-    stream = session.stream(QUESTION, max_new_tokens=8)
+    expected = session.generate(QUESTION, image=None, max_new_tokens=4)
+    stream = session.stream(QUESTION, image=None, max_new_tokens=8)
     pieces = [next(stream) for _ in range(3)]
     stream.close()
     decoded = session.decode([pieces[-1].token_id])
@@ -141,7 +130,7 @@ def test_closing_goes_on_with_the_session_s_caches(bundles):
 
 
 def test_closing_what_has_ended_changes_nothing(bundles):
-    stream = bundles.session("mha").stream(QUESTION, max_new_tokens=3)
+    stream = bundles.session("mha").stream(QUESTION, image=None, max_new_tokens=3)
     assert len(list(stream)) == 3
     for _ in range(2):
         stream.close()
@@ -149,7 +138,7 @@ def test_closing_what_has_ended_changes_nothing(bundles):
 
 
 def test_the_last_token_that_was_asked_for_is_no_cancellation(bundles):
-    stream = bundles.session("mha").stream(QUESTION, max_new_tokens=3)
+    stream = bundles.session("mha").stream(QUESTION, image=None, max_new_tokens=3)
     assert [next(stream) for _ in range(3)]
     stream.close()
     assert stream.result.finish_reason == "length"
@@ -176,7 +165,9 @@ def test_the_last_token_that_was_asked_for_is_no_cancellation(bundles):
             id="placeholder only",
         ),
         pytest.param(
-            {"prompt": "<image> w5"}, "contains '<image>'; expected plain", id="written out"
+            {"prompt": "<image> w5", "image": None},
+            "contains '<image>'; expected plain",
+            id="written out",
         ),
         pytest.param(
             {"prompt": "w5", "image": "no_such.png"},
@@ -201,7 +192,7 @@ def test_refuses_at_once_what_does_not_fit(bundles, arguments, message):
 )
 def test_refuses_settings_at_once(bundles, settings, message):
     with pytest.raises(ValueError, match=message):
-        bundles.session("mha").stream(QUESTION, **settings)
+        bundles.session("mha").stream(QUESTION, image=None, **settings)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -40,7 +40,7 @@ def test_a_bundle_without_a_tower_is_fed_features(manifest):
 def test_an_answer_is_what_the_session_would_say(bundles):
     session = bundles.session("mha")
     found = conversation_about(session, None, "w5 w6", num_steps=4)
-    (answer,) = session.generate(["w5 w6"], max_new_tokens=4)
+    (answer,) = session.generate(["w5 w6"], [None], max_new_tokens=4)
     assert found.output_ids.tolist()[: len(answer.token_ids)] == answer.token_ids
     assert len(found.output_ids) == 4
 
