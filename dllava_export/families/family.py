@@ -264,6 +264,8 @@ class Family(abc.ABC):
         row_inputs: What the decoder reads for each row besides embeddings and `position_ids`.
         config_kinds: What the values of its `config.json` may be, as for
             `config_file.check_kinds`: checked before anything else is asked of the family.
+        side_files: Name of a `.bin` file beside the weights → part of the keys in it, for what
+            the weights may lack.
     """
 
     name: ClassVar[str]
@@ -272,6 +274,7 @@ class Family(abc.ABC):
     positions: ClassVar[PositionRule] = SequentialPositions()
     row_inputs: ClassVar[tuple[RowInput, ...]] = ()
     config_kinds: ClassVar[Kinds] = {}
+    side_files: ClassVar[Mapping[str, str]] = {}
 
     @abc.abstractmethod
     def detect(
