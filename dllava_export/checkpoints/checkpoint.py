@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -304,10 +305,11 @@ def _find_tower(place: OutsideTower, path: Path, keys: Iterable[str] | None) -> 
             "tower. Add it."
         )
     folder = path / name  # an absolute name replaces `path`
-    if not folder.is_dir() and Path(name).is_dir():
+    # os.path takes names that no folder can have.
+    if not os.path.isdir(folder) and os.path.isdir(name):
         folder = Path(name)  # from the current folder, as LLaVA's own code finds it
         logger.info("%s of %s is read from the current folder: %s", key, path, folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if not HUB_ID.fullmatch(name):
             raise CheckpointError(
                 f"{key} is '{name}': {folder} is not a folder, it is none in the current folder, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -226,11 +227,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     for key, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(
-                f"{index} puts '{key}' into {shard!r}, expected the name of a file beside it. "
+                f"{index} puts {key!r} into {shard!r}, expected the name of a file beside it. "
                 "Restore the file."
             )
     missing = sorted(
-        shard for shard in set(weight_map.values()) if not (index.parent / shard).is_file()
+        # os.path takes names that no file can have.
+        shard
+        for shard in set(weight_map.values())
+        if not os.path.isfile(index.parent / shard)
     )
     if missing:
         num = len(set(weight_map.values()))

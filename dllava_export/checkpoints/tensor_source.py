@@ -398,7 +398,8 @@ def torch_sources(path: Path) -> dict[str, TensorSource]:
                 f"{path}: {key!r} is a {type(tensor).__name__}, expected a tensor. "
                 "Save the model's state_dict()."
             )
-        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        is_strided = tensor.layout == torch.strided and not tensor.is_nested
+        is_plain = is_strided and tensor.device.type == "cpu"
         if not is_plain or tensor.is_quantized or tensor.dtype not in dtypes:
             kind = "" if is_plain else f", {tensor.layout}, on {tensor.device}"
             raise CheckpointError(
