@@ -312,9 +312,9 @@ def _find_tower(place: OutsideTower, path: Path, keys: Iterable[str] | None) -> 
     if not os.path.isdir(folder):
         if not HUB_ID.fullmatch(name):
             raise CheckpointError(
-                f"{key} is '{name}': {folder} is not a folder, it is none in the current folder, "
-                "and it is no hub id. "
-                "Expected the vision tower there. Put it there, or correct config.json."
+                f"{key} is '{name}': {folder} is not a folder, nor is it one in the current "
+                "folder, and it is no hub id. Expected the vision tower there. Put it there, or "
+                "correct config.json."
             )
         folder = download_config(name) if is_inside else download(name)
     config = read_json(folder / "config.json", "a vision tower", kinds=CONFIG_KINDS)
