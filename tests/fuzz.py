@@ -211,6 +211,7 @@ def fuzz_reader(
                     if not started:
                         yield number, outcome, detail
                         number += 1
+            worker.join(1)  # a dead one takes a moment to be so
             is_alive = worker.is_alive()
             worker.kill()
             worker.join()

@@ -120,7 +120,10 @@ def mutated_json(rng: random.Random, data: bytes) -> bytes:
         text = data.decode()
         number = rng.choice(("1" * 5000, "1e999", "-0", "NaN", '"\\ud800"', "01"))
         return text.replace("1", number, 1).encode()
-    return json.dumps(mutated_value(rng, json.loads(data))).encode()
+    try:
+        return json.dumps(mutated_value(rng, json.loads(data))).encode()
+    except RecursionError:  # odd values inside odd values
+        return b"[" * 2000
 
 
 def mutated_lines(rng: random.Random, data: bytes) -> bytes:
