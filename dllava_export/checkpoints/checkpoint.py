@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from dllava_export.checkpoints.canonical import (
     expected_shapes,
 )
 from dllava_export.checkpoints.files import (
+    CONFIG,
     HUB_ID,
+    check_is_checkpoint,
     download,
     download_config,
     read_tensors,
@@ -140,10 +143,11 @@ def read_checkpoint(
         SettingError: If `num_decoder_layers` is not in 1..num_hidden_layers.
     """
     path = resolve_folder(location)
-    config = read_json(path / "config.json", "a checkpoint", kinds=CONFIG_KINDS)
+    check_is_checkpoint(path)
+    config = read_json(path / CONFIG, "a checkpoint", kinds=CONFIG_KINDS)
     family, layout = detect_family(config)
-    check_kinds(config, family.config_kinds, str(path / "config.json"))
-    stored = read_tensors(path)
+    check_kinds(config, family.config_kinds, str(path / CONFIG))
+    stored = read_tensors(path, family.side_files)
     described = _describe(path, config, family, layout, stored, num_decoder_layers)
     spec, tower = described.spec, described.tower
     _check_number_of_layers(path, spec, len(stored))
@@ -301,11 +305,16 @@ def _find_tower(place: OutsideTower, path: Path, keys: Iterable[str] | None) -> 
             "tower. Add it."
         )
     folder = path / name  # an absolute name replaces `path`
-    if not folder.is_dir():
+    # os.path takes names that no folder can have.
+    if not os.path.isdir(folder) and os.path.isdir(name):
+        folder = Path(name)  # from the current folder, as LLaVA's own code finds it
+        logger.info("%s of %s is read from the current folder: %s", key, path, folder)
+    if not os.path.isdir(folder):
         if not HUB_ID.fullmatch(name):
             raise CheckpointError(
-                f"{key} is '{name}': {folder} is not a folder, and it is no hub id. "
-                "Expected the vision tower there. Put it there, or correct config.json."
+                f"{key} is '{name}': {folder} is not a folder, nor is it one in the current "
+                "folder, and it is no hub id. Expected the vision tower there. Put it there, or "
+                "correct config.json."
             )
         folder = download_config(name) if is_inside else download(name)
     config = read_json(folder / "config.json", "a vision tower", kinds=CONFIG_KINDS)

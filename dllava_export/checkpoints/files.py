@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from dllava_export.checkpoints.tensor_source import (
@@ -13,13 +16,33 @@ from dllava_export.checkpoints.tensor_source import (
 )
 from dllava_export.errors import CheckpointError
 from dllava_export.families.config_file import read_json
-from dllava_export.families.config_kinds import OBJECT
+from dllava_export.families.config_kinds import ADAPTER_KINDS, OBJECT
 
-__all__ = ["HUB_ID", "download", "download_config", "read_tensors", "resolve_folder"]
+__all__ = [
+    "CONFIG",
+    "HUB_ID",
+    "check_is_checkpoint",
+    "download",
+    "download_config",
+    "read_tensors",
+    "resolve_folder",
+]
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt")
-_HUB_BIN_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+_HUB_BIN_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "mm_projector.bin")
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_NON_LORA = "non_lora_trainables.bin"
+_PROJECTOR = "mm_projector.bin"
+_LORA_KEY = re.compile(r"\.lora_[AB]\.|\.base_layer\.")
+_WRAPPERS = ("base_model.model.", "module.")  # PEFT; data parallel and DeepSpeed
+_COMPILED = "_orig_mod."  # torch.compile, which may wrap a part
+_MAX_WRAPPERS = 4
 
 
 def resolve_folder(location: str | Path) -> Path:
@@ -72,15 +95,45 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
         ) from error
 
 
-def read_tensors(folder: Path) -> dict[str, TensorSource]:
+def check_is_checkpoint(folder: Path) -> None:
+    """Refuse a folder without config.json or weights, and say what it is instead.
+
+    Raises:
+        CheckpointError: If it is a LoRA adapter, a projector alone, or half a download.
+    """
+    if not (folder / CONFIG).is_file() and (reason := _what_it_is(folder)):
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {CONFIG}. {reason}")
+
+
+def read_tensors(
+    folder: Path, side_files: Mapping[str, str] | None = None
+) -> dict[str, TensorSource]:
     """Read the headers of a folder's weight files, chosen in transformers' order.
 
+    Prefixes of wrappers (`module.`, `base_model.model.`, `_orig_mod.`) are taken off the keys.
+
+    Args:
+        folder: The folder.
+        side_files: Name of a `.bin` file that is read as well, if it is there → part of the
+            keys that it holds; it is left out where the weights have such keys.
+
     Returns:
-        Key → tensor, as the files spell it.
+        Key → tensor, as the files spell it, less prefixes.
 
     Raises:
         CheckpointError: If files are missing or damaged.
     """
+    tensors = _unwrapped(folder, _read_weights(folder))
+    for name, part in (side_files or {}).items():
+        if not (folder / name).is_file() or any(part in key for key in tensors):
+            continue
+        logger.info("%s: reading %s, which the weights lack", folder, name)
+        beside = _unwrapped(folder, torch_sources(folder / name))
+        tensors |= {key: source for key, source in beside.items() if part in key}
+    return tensors
+
+
+def _read_weights(folder: Path) -> dict[str, TensorSource]:
     for weights, index, read in (
         ("model.safetensors", "model.safetensors.index.json", safetensors_sources),
         ("pytorch_model.bin", "pytorch_model.bin.index.json", torch_sources),
@@ -89,9 +142,8 @@ def read_tensors(folder: Path) -> dict[str, TensorSource]:
             return read(folder / weights)
         if not (folder / index).is_file():
             continue
-        weight_map = _weight_map(folder / index)
         tensors: dict[str, TensorSource] = {}
-        for shard in sorted(set(weight_map.values())):
+        for shard in sorted(set(_weight_map(folder / index).values())):
             stored = read(folder / shard)
             twice = next((key for key in stored if key in tensors), None)
             if twice is not None:
@@ -103,14 +155,65 @@ def read_tensors(folder: Path) -> dict[str, TensorSource]:
             tensors |= stored
             check_number_of_tensors(folder, len(tensors))
         return tensors
-    is_adapter = (folder / "adapter_config.json").is_file()
-    remedy = (
-        "Merge the LoRA adapter into its base model" if is_adapter else "Restore the weights"
-    )
     raise CheckpointError(
         f"{folder} has no weights, expected model.safetensors, pytorch_model.bin, or shards "
-        f"with their index file. {remedy}."
+        f"with their index file. {_what_it_is(folder) or 'Restore the weights.'}"
     )
+
+
+def _unwrapped(folder: Path, tensors: dict[str, TensorSource]) -> dict[str, TensorSource]:
+    """Take prefixes of wrappers off the keys."""
+    if any(_LORA_KEY.search(key) for key in tensors):
+        raise CheckpointError(
+            f"The weights of {folder} hold a LoRA adapter beside its base "
+            f"({next(key for key in tensors if _LORA_KEY.search(key))!r}), expected both merged. "
+            "Merge them with PEFT's merge_and_unload() and save the model."
+        )
+    keys = {key: key.replace(_COMPILED, "") for key in tensors}
+    for _ in range(_MAX_WRAPPERS):
+        prefix = next(
+            (p for p in _WRAPPERS if keys and all(k.startswith(p) for k in keys.values())), ""
+        )
+        keys = {key: name.removeprefix(prefix) for key, name in keys.items()}
+    result = {keys[key]: source for key, source in tensors.items()}
+    if len(result) < len(tensors):
+        raise CheckpointError(
+            f"The weights of {folder} hold tensors both with and without {_COMPILED!r} in "
+            "their names, expected each once. Remove one of them."
+        )
+    return result
+
+
+def _what_it_is(folder: Path) -> str | None:
+    """Return what a folder without configuration or weights is, and what to do."""
+    if (folder / _ADAPTER_CONFIG).is_file():
+        file = folder / _ADAPTER_CONFIG
+        base = read_json(file, "a LoRA adapter", kinds=ADAPTER_KINDS).get(
+            "base_model_name_or_path"
+        )
+        trained = " with non_lora_trainables.bin" if (folder / _NON_LORA).is_file() else ""
+        return (
+            f"It is a LoRA adapter{trained} of {repr(base) if base else 'a base model'}. Merge "
+            "the LoRA adapter into its base model (LLaVA's scripts/merge_lora_weights.py, or "
+            "PEFT's merge_and_unload) and name the result."
+        )
+    if (folder / _PROJECTOR).is_file():
+        return (
+            f"It holds {_PROJECTOR} alone, the projector of LLaVA's first stage. Put it, with "
+            "its config.json, beside the weights of the language model it was trained with."
+        )
+    return _download_state(folder)
+
+
+def _download_state(folder: Path) -> str | None:
+    """Return what to do about a download from the hub that is not complete."""
+    cache = folder.parent.parent
+    if folder.parent.name == "snapshots" and cache.name.startswith("models--"):
+        name = cache.name.removeprefix("models--").replace("--", "/")
+        return f"It is an incomplete snapshot in the hub's cache. Run `hf download {name}`."
+    if any((folder / ".cache" / "huggingface").rglob("*.incomplete")):
+        return "Its download from the hub was interrupted. Run `hf download` again."
+    return None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -124,16 +227,20 @@ def _weight_map(index: Path) -> dict[str, str]:
     for key, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(
-                f"{index} puts '{key}' into {shard!r}, expected the name of a file beside it. "
+                f"{index} puts {key!r} into {shard!r}, expected the name of a file beside it. "
                 "Restore the file."
             )
     missing = sorted(
-        shard for shard in set(weight_map.values()) if not (index.parent / shard).is_file()
+        # os.path takes names that no file can have.
+        shard
+        for shard in set(weight_map.values())
+        if not os.path.isfile(index.parent / shard)
     )
     if missing:
         num = len(set(weight_map.values()))
         raise CheckpointError(
             f"{index.name} names {num} files, {len(missing)} of them are missing from "
-            f"{index.parent}: {', '.join(missing[:5])}. Download them."
+            f"{index.parent}: {', '.join(missing[:5])}. "
+            f"{_download_state(index.parent) or 'Download them.'}"
         )
     return weight_map

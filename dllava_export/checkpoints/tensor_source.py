@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from dllava_export.errors import CheckpointError
+from dllava_export.families.config_file import LFS_POINTER, LFS_REMEDY
 from dllava_export.json_text import parse_json
 from dllava_export.precision import NUMBER_FORMATS
 
@@ -219,6 +220,9 @@ def _read_safetensors_header(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise CheckpointError(f"{path} holds no weights: {LFS_REMEDY}.")
+            file.seek(0)
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
             if len(head) < 8 or not 2 <= length <= size - 8:
@@ -358,6 +362,13 @@ def torch_sources(path: Path) -> dict[str, TensorSource]:
     import torch
 
     try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Expected a file.") from error
+    if is_pointer:
+        raise CheckpointError(f"{path} holds no weights: {LFS_REMEDY}.")
+    try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     # What torch raises for a damaged archive or pickle is of every kind.
     except Exception as error:
@@ -387,7 +398,8 @@ def torch_sources(path: Path) -> dict[str, TensorSource]:
                 f"{path}: {key!r} is a {type(tensor).__name__}, expected a tensor. "
                 "Save the model's state_dict()."
             )
-        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        is_strided = tensor.layout == torch.strided and not tensor.is_nested
+        is_plain = is_strided and tensor.device.type == "cpu"
         if not is_plain or tensor.is_quantized or tensor.dtype not in dtypes:
             kind = "" if is_plain else f", {tensor.layout}, on {tensor.device}"
             raise CheckpointError(

@@ -7,16 +7,27 @@ weights one place on disk and folds everything that does not change with the inp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dllava_export import names
 from dllava_export.bundles.layout import DATA_FILE
-from dllava_export.errors import BundleError, PreconditionError, UnsupportedModelError
+from dllava_export.errors import (
+    BundleError,
+    DllavaExportError,
+    PreconditionError,
+    UnsupportedModelError,
+)
+from dllava_export.exporting.graph_limits import (
+    check_number_of_nodes,
+    check_sizes_of_shapes,
+    may_fold,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +35,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-__all__ = ["ForeignDecoder", "read_decoder"]
+__all__ = ["ForeignDecoder", "damage_explained", "read_decoder"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +44,7 @@ _KNOWN_INPUTS = (_INPUT_IDS, names.INPUTS_EMBEDS, _ATTENTION_MASK, names.POSITIO
 _CACHE_WORDS = ("past", "cache", "present")
 _EXAMPLE_SIZES = ((2, 5), (3, 7))  # batch and rows; no size repeats
 _MAX_FOLDED_VALUES = 1024
+_MAX_REASON = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +75,34 @@ def read_decoder(path: Path, folder: Path) -> ForeignDecoder:
     from dllava_export.passes.graph_io import check_opset
 
     model = _load(path)
-    check_opset(model)
-    _check_inputs(path, model)
-    _place_weights(path, model, folder)
-    model = _tidy(model)
-    return ForeignDecoder(model, _embedding_reference(model, folder))
+    with damage_explained(path):
+        check_opset(model)
+        check_number_of_nodes(path, model)
+        _check_inputs(path, model)
+        _place_weights(path, model, folder)
+        model = _tidy(path, model)
+        return ForeignDecoder(model, _embedding_reference(model, folder))
+
+
+@contextlib.contextmanager
+def damage_explained(path: Path) -> Iterator[None]:
+    """Let what onnx, its optimizer and ONNX Runtime raise for a damaged graph be an error of ours.
+
+    Raises:
+        BundleError: In place of any exception that is no `DllavaExportError`.
+    """
+    try:
+        yield
+    except (DllavaExportError, OSError):
+        raise
+    # Each of them has exceptions of its own, and raises KeyError, ValueError and the like too.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_MAX_REASON]
+        raise BundleError(
+            f"{path} cannot be read as a decoder ({type(error).__name__}: {reason}). It is "
+            "damaged, or holds what the passes do not know. Check it with onnx.checker, and "
+            "export or download it again."
+        ) from error
 
 
 def _load(path: Path) -> onnx.ModelProto:
@@ -274,7 +309,7 @@ def _embedding_reference(model: onnx.ModelProto, folder: Path) -> dict[str, Any]
 # Shapes: what the passes read head counts and ranks from.
 
 
-def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
+def _tidy(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     """Fold what does not depend on the input's size, and give every value a shape.
 
     The graph is optimised for two example sizes. A value that is the same constant in both is
@@ -283,11 +318,17 @@ def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     import onnx
     import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    from dllava_export.exporting.tracing import quiet_exporter
 
     del model.graph.value_info[:]
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
     symbolic = ir.serde.deserialize_model(_with_input_sizes(model, names.BATCH, names.ROWS))
+    with quiet_exporter():
+        common.InlinePass()(symbolic)
+    check_sizes_of_shapes(path, symbolic)
     _optimise(symbolic)
     flat = ir.serde.serialize_model(symbolic)
     examples = []
@@ -335,7 +376,6 @@ def _optimise(model: ir.Model, *, merge_equal: bool = False) -> None:
 
     weights: list[tuple[ir.Value, ir.TensorProtocol]] = []
     with quiet_exporter():
-        common.InlinePass()(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         for name, value in list(model.graph.initializers.items()):
             if not isinstance(value.const_value, ir.ExternalTensor):
@@ -346,7 +386,9 @@ def _optimise(model: ir.Model, *, merge_equal: bool = False) -> None:
             del model.graph.initializers[name]
             model.graph.inputs.append(value)
         # Not optimize_ir: its rewriting takes minutes at 32 layers and is of no use here.
-        onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+        onnxscript.optimizer.fold_constants(
+            model, onnx_shape_inference=True, should_fold=may_fold
+        )
         common.IdentityEliminationPass()(model)
         if merge_equal:
             common.DeduplicateInitializersPass()(model)

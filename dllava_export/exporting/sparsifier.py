@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
@@ -22,6 +23,7 @@ from dllava_export.bundles.files import (
 from dllava_export.bundles.manifest import Manifest, read_manifest, write_manifest
 from dllava_export.errors import BundleError, UnsupportedModelError
 from dllava_export.exporting.exporter import predictor_model
+from dllava_export.exporting.foreign_decoder import damage_explained, read_decoder
 from dllava_export.exporting.options import (
     SparsityOptions,
     complete_sparsity,
@@ -138,7 +140,8 @@ def sparsify_decoder(
         )
         if trained is not None:
             _check_width(trained, predictors, source, geometry.hidden_size)
-        with stage("sparsifying"):
+        explained = contextlib.nullcontext() if source.is_dir() else damage_explained(source)
+        with stage("sparsifying"), explained:
             weights = trained.weights() if trained is not None else None
             models, passes = transform_decoder(decoder.model, sparsity, weights)
             _check_inputs(source, models[layout.DECODER])
@@ -294,21 +297,22 @@ def _bring(path: Path, target: Path, *, is_weight: bool) -> None:
 
 
 def _from_onnx(path: Path, llm: Path) -> _DenseDecoder:
-    from dllava_export.exporting.foreign_decoder import read_decoder
     from dllava_export.passes.base import run_passes
     from dllava_export.passes.graph_io import graph_from_model
     from dllava_export.pipeline import normalising_passes
 
     decoder = read_decoder(path, llm)
-    graph = graph_from_model(decoder.model)
-    run_passes(graph, normalising_passes())
     config, warnings = _copy_config(path, llm)
-    precision = _precision(path, graph)
+    with damage_explained(path):
+        graph = graph_from_model(decoder.model)
+        run_passes(graph, normalising_passes())
+        precision = _precision(path, graph)
+        geometry = _geometry(path, graph)
     manifest = Manifest(
         family=None,
         layout="onnx",
         precision=precision,
-        geometry=_geometry(path, graph),
+        geometry=geometry,
         max_position_embeddings=config.get("max_position_embeddings")
         or _DEFAULT_MAX_POSITIONS,
         sparsity=DENSE,

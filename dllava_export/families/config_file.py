@@ -26,9 +26,21 @@ from dllava_export.families.config_kinds import (
 )
 from dllava_export.json_text import parse_json
 
-__all__ = ["check_kinds", "check_sizes", "read_json", "transformers_config"]
+__all__ = [
+    "LFS_POINTER",
+    "LFS_REMEDY",
+    "check_kinds",
+    "check_sizes",
+    "read_json",
+    "transformers_config",
+]
 
 Config = TypeVar("Config")
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that stands for a larger one in a git repository."""
+
+LFS_REMEDY = "it is a git-lfs pointer, not the file: run `git lfs pull` in its folder"
 
 _MAX_FILE_BYTES = 64 << 20
 _MAX_SHOWN = 60
@@ -87,7 +99,10 @@ def _content(path: Path) -> bytes:
     size = path.stat().st_size
     if size > _MAX_FILE_BYTES:
         raise ValueError(f"it has {size} bytes, expected at most {_MAX_FILE_BYTES}")
-    return path.read_bytes()
+    content = path.read_bytes()
+    if content.startswith(LFS_POINTER):
+        raise ValueError(LFS_REMEDY)
+    return content
 
 
 def check_kinds(

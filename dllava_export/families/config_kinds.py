@@ -139,7 +139,7 @@ LLAVA_KINDS: Kinds = {
     "multimodal_projector_bias": (FLAG,),
     "projector_hidden_act": (TEXT,),
     "s2": (FLAG,),
-    "s2_scales": (TEXT,),
+    "s2_scales": (TEXT, LIST),
     "vision_feature_layer": (WHOLE, WHOLES),
     "vision_feature_select_strategy": (TEXT,),
     "vision_tower": (TEXT,),

@@ -231,6 +231,8 @@ class Family(abc.ABC):
         positions: Its position rule.
         config_kinds: What the values of its `config.json` may be, as for
             `config_file.check_kinds`: checked before anything else is asked of the family.
+        side_files: Name of a `.bin` file beside the weights → part of the keys in it, for what
+            the weights may lack.
     """
 
     name: ClassVar[str]
@@ -238,6 +240,7 @@ class Family(abc.ABC):
     architectures: ClassVar[tuple[str, ...]]
     positions: ClassVar[PositionRule] = SequentialPositions()
     config_kinds: ClassVar[Kinds] = {}
+    side_files: ClassVar[Mapping[str, str]] = {}
 
     @abc.abstractmethod
     def detect(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dllava_export.errors import CheckpointError, UnsupportedModelError
 from dllava_export.families.config_kinds import LLAVA_KINDS
@@ -128,6 +128,7 @@ class LlavaFamily(Family):
     title = "LLaVA-1.5 or Dynamic-LLaVA"
     architectures = (*_ORIGINAL_ARCHITECTURES, _HF_ARCHITECTURE)
     config_kinds = LLAVA_KINDS
+    side_files: ClassVar[Mapping[str, str]] = {"mm_projector.bin": "mm_projector."}
 
     def detect(
         self, config: Mapping[str, Any], *, bare_decoder: bool = False
@@ -376,6 +377,12 @@ def _check_image_tokens(config: Mapping[str, Any], aspect_ratio: str) -> None:
         raise UnsupportedModelError(
             "mm_use_im_start_end is true, expected false: no tokens around the image. "
             "Use a LLaVA-1.5 or Dynamic-LLaVA checkpoint."
+        )
+    if config.get("s2") or config.get("s2_scales"):
+        raise UnsupportedModelError(
+            f"config.json has s2 {config.get('s2')!r} and s2_scales "
+            f"{config.get('s2_scales')!r}, expected one scale: towers that see an image at "
+            "several scales (S2) are not supported. Use a checkpoint trained without."
         )
     merge_type = config.get("mm_patch_merge_type") or "flat"
     if merge_type != "flat" or aspect_ratio not in ("pad", "square"):

@@ -21,7 +21,7 @@ ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
 _ASPECT_RATIOS = ("pad", "square", "crop")
 _MAX_EDGE = 1 << 13
-_MAX_NUMBER = 1e30  # a float32 with room to multiply
+_MIN_SCALE = 1e-6  # of a factor or a standard deviation; its inverse is the largest
 _MAX_ASPECT = 200  # a 1 x 5000 strip would be resized to 336 x 1,680,000 before it is cropped
 _DECODE_ERRORS = (
     OSError,
@@ -114,12 +114,15 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
 
 def _edge_lengths(name: str, value: Any) -> tuple[int, int | None]:
     """Return (height, width); width is None where `value` gives the shortest edge only."""
-    if isinstance(value, int):
+    edges = list(value.values()) if isinstance(value, dict) else [value]
+    is_whole = all(type(edge) is int for edge in edges)
+    if is_whole and isinstance(value, int):
         return value, (value if name == "crop_size" else None)
-    if isinstance(value, dict) and "shortest_edge" in value and len(value) == 1:
-        return int(value["shortest_edge"]), None
-    if isinstance(value, dict) and {"height", "width"} <= value.keys():
-        return int(value["height"]), int(value["width"])
+    if is_whole and isinstance(value, dict):
+        if "shortest_edge" in value and len(value) == 1:
+            return value["shortest_edge"], None
+        if {"height", "width"} <= value.keys():
+            return value["height"], value["width"]
     raise UnsupportedModelError(
         f"preprocessor_config has {name} {value!r}; expected a number of pixels, "
         "{'shortest_edge': ...} or {'height': ..., 'width': ...}. "
@@ -298,12 +301,11 @@ def _channels(
 
 
 def _number(value: Any, name: str) -> float:
-    """Return a finite float32 number; a standard deviation and a factor are not 0."""
-    is_number = isinstance(value, int | float) and abs(value) <= _MAX_NUMBER
-    if not is_number or (name != "image_mean" and abs(value) < 1 / _MAX_NUMBER):
+    """Return a mean from 0 to 1, a standard deviation or a factor above 0."""
+    low, high = (0.0, 1.0) if name == "image_mean" else (_MIN_SCALE, 1 / _MIN_SCALE)
+    if not (isinstance(value, int | float) and low <= value <= high):
         raise UnsupportedModelError(
-            f"preprocessor_config has {value!r} in {name}, expected a finite number"
-            f"{'' if name == 'image_mean' else ' other than 0'}. Use the "
-            "preprocessor_config.json of a CLIP vision tower."
+            f"preprocessor_config has {value!r} in {name}, expected a number from {low:g} to "
+            f"{high:g}. Use the preprocessor_config.json of a CLIP vision tower."
         )
     return float(value)

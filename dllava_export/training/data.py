@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -388,7 +389,7 @@ def parse_record(entry: Any, place: str, image_folder: Path, needs_image: bool) 
             "--on-bad-record skip."
         )
     file = image_folder / image
-    if not file.is_file():
+    if not os.path.isfile(file):  # takes names that no file can have
         raise BadRecordError(
             f"{name}: the image {file} does not exist. Name its folder with --image-folder, or "
             "use --on-bad-record skip."

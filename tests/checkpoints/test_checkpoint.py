@@ -678,3 +678,125 @@ def test_random_weights_of_an_unknown_type(tmp_path: Path) -> None:
         CheckpointError, match="torch_dtype is 'int8', expected one of float32"
     ):
         random_checkpoint(file)
+
+
+def split_projector(folder: Path, prefix: str = "") -> dict[str, np.ndarray]:
+    """Write a checkpoint whose projector lies in mm_projector.bin, as LLaVA's training does."""
+    expected = factory.make_checkpoint(folder, "llava")
+    stored = {factory.stored_key(name, "llava"): value for name, value in expected.items()}
+    parts = {key: value for key, value in stored.items() if "mm_projector" in key}
+    factory.write_weights(
+        folder / "model.safetensors", {k: stored[k] for k in stored if k not in parts}
+    )
+    torch.save(
+        {prefix + k: factory.torch_tensor(v) for k, v in parts.items()},
+        folder / "mm_projector.bin",
+    )
+    return expected
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "base_model.model."])
+def test_projector_beside_weights_that_lack_it(tmp_path: Path, prefix: str) -> None:
+    assert_same_values(tmp_path, split_projector(tmp_path, prefix))
+
+
+def test_projector_in_the_weights_comes_first(tmp_path: Path) -> None:
+    expected = factory.make_checkpoint(tmp_path, "llava")
+    (tmp_path / "mm_projector.bin").write_bytes(b"of an earlier stage")
+    assert_same_values(tmp_path, expected)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "base_model.model.", "_orig_mod.", "module._orig_mod.module."]
+)
+def test_prefixes_of_wrappers_are_taken_off(tmp_path: Path, prefix: str) -> None:
+    expected = factory.make_checkpoint(tmp_path)
+    stored = {
+        prefix + factory.stored_key(name, "dynamic-llava"): value
+        for name, value in expected.items()
+    }
+    factory.write_weights(tmp_path / "model.safetensors", stored)
+    assert_same_values(tmp_path, expected)
+
+
+def test_compiled_and_plain_tensor_of_one_name(tmp_path: Path) -> None:
+    rewritten(tmp_path, model__norm___orig_mod__weight=np.zeros(16, np.float32))
+    with pytest.raises(CheckpointError, match=r"both with and without '_orig_mod\.'"):
+        read_checkpoint(tmp_path)
+
+
+def test_adapter_inside_the_weights(tmp_path: Path) -> None:
+    rewritten(tmp_path, model__layers__0__q_proj__lora_A__weight=np.zeros(16, np.float32))
+    with pytest.raises(CheckpointError, match=r"'model.layers.0.q_proj.lora_A.weight'.*merge"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_config.json", "is a LoRA adapter with non_lora_trainables.bin of 'v/base'"),
+        ("mm_projector.bin", "holds mm_projector.bin alone, the projector of LLaVA's first"),
+    ],
+)
+def test_folder_that_is_a_part(tmp_path: Path, file: str, message: str, config: bool) -> None:
+    if config:
+        factory.write_json(tmp_path / "config.json", factory.ORIGINAL_CONFIG)
+    (tmp_path / "non_lora_trainables.bin").touch()
+    factory.write_json(tmp_path / file, {"base_model_name_or_path": "v/base"})
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9976576152\n"
+
+
+@pytest.mark.parametrize("files", ["single", "sharded", "bin", "sharded bin"])
+def test_git_lfs_pointers(tmp_path: Path, files: str) -> None:
+    factory.make_checkpoint(tmp_path, files=files)
+    for path in [*tmp_path.glob("*.bin"), *tmp_path.glob("*.safetensors")]:
+        path.write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=r"is a git-lfs pointer, .* `git lfs pull`"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=r"config.json .*is a git-lfs pointer"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["config.json", "*.json", "*-00001-*"])
+def test_snapshot_of_the_hub_that_is_not_complete(tmp_path: Path, left: str) -> None:
+    folder = tmp_path / "models--some--model" / "snapshots" / "abc"
+    factory.make_checkpoint(folder, files="sharded")
+    for path in folder.glob("*"):
+        if path.is_file() and not path.match(left):
+            path.unlink()
+            path.symlink_to("../../blobs/absent")
+    with pytest.raises(CheckpointError, match="Run `hf download some/model`"):
+        read_checkpoint(folder)
+
+
+def test_local_download_that_is_not_complete(tmp_path: Path) -> None:
+    factory.make_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = tmp_path / ".cache" / "huggingface" / "download"
+    state.mkdir(parents=True)
+    (state / "model.safetensors.incomplete").touch()
+    with pytest.raises(CheckpointError, match=r"was interrupted\. Run `hf download` again"):
+        read_checkpoint(tmp_path)
+
+
+def test_tower_seen_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = factory.make_checkpoint(tmp_path / "llava", "llava", tower="folder")
+    (tmp_path / "llava" / "vision_tower").rename(tmp_path / "vision_tower")
+    monkeypatch.chdir(tmp_path)
+    assert_same_values(tmp_path / "llava", expected)
+
+
+@pytest.mark.parametrize("changes", [{"s2": True}, {"s2_scales": "336,672,1008"}])
+def test_towers_of_several_scales(tmp_path: Path, changes: dict[str, object]) -> None:
+    factory.make_checkpoint(tmp_path, "llava")
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UnsupportedModelError, match=r"several scales \(S2\) are not supp"):
+        read_checkpoint(tmp_path)

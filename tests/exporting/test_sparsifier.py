@@ -601,6 +601,35 @@ def test_refuses_inputs_it_does_not_know(decoder: Foreign, tmp_path: Path) -> No
     fails(UnsupportedModelError, r"inputs \['speed'\]; expected no others", path, tmp_path)
 
 
+def test_refuses_a_damaged_graph(decoder: Foreign, tmp_path: Path) -> None:
+    def of_no_type(model: onnx.ModelProto) -> None:
+        model.graph.initializer[0].data_type = 99
+
+    path = edited(decoder, tmp_path, of_no_type)
+    message = "cannot be read as a decoder .* Check it with onnx.checker, and export"
+    fails(BundleError, message, path, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Range", "Expand"])
+def test_large_constants_stay_nodes(decoder: Foreign, kind: str, tmp_path: Path) -> None:
+    inputs = {"Range": (0, 10**9, 1), "Expand": ([1], [10**9])}[kind]
+
+    def add(model: onnx.ModelProto) -> None:
+        for number, value in enumerate(inputs):
+            values = np.array(value, np.int64)
+            model.graph.initializer.append(
+                onnx.numpy_helper.from_array(values, f"big{number}")
+            )
+        names = [f"big{number}" for number in range(len(inputs))]
+        model.graph.node.insert(0, onnx.helper.make_node(kind, names, ["big"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("big", 7, None))
+
+    path = edited(decoder, tmp_path, add)
+    sparsify_decoder(path, tmp_path / "out", SparsityOptions(policy="norm", sparse_layer=1))
+    dense = onnx.load(tmp_path / "out" / "llm" / "dense.onnx", load_external_data=False)
+    assert kind in {node.op_type for node in dense.graph.node}
+
+
 def test_refuses_fixed_sizes(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
