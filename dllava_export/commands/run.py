@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,6 +15,8 @@ from dllava_export.commands.options import (
     backend_options,
     given_backend_options,
     parse_ids,
+    prompt_options,
+    single_image,
 )
 
 __all__ = ["run"]
@@ -23,13 +26,14 @@ __all__ = ["run"]
     cls=BackendCommand, epilog='dllava-export run out --image cat.png --prompt "What is this?"'
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--image", help="A picture, or none for a text-only prompt.")
+@single_image(help="A picture, or none for a text-only prompt.")
 @click.option("--prompt", help="The question; the chat template is put around it.")
 @click.option(
     "--input-ids",
     callback=parse_ids,
     help="Token ids instead of --prompt, -200 for the image: 1,-200,15,27.",
 )
+@prompt_options
 @click.option(
     "--mode",
     type=click.Choice(["cache", "recompute"]),
@@ -61,6 +65,7 @@ def run(
     seed: int | None,
     backend: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Answer a prompt about an image with BUNDLE; text appears as it is generated."""
     if (prompt is None) == (input_ids is None):
@@ -79,6 +84,7 @@ def run(
             top_p=top_p,
             seed=seed,
             mode=mode,
+            **options,
         )
         for piece in stream:
             if not as_json:

@@ -9,7 +9,7 @@ import numpy as np
 from dllava_export.errors import InvalidInputError
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 
-__all__ = ["check_prompt", "normalise_placeholders"]
+__all__ = ["check_image_list", "check_prompt", "normalise_placeholders", "shortened"]
 
 
 def normalise_placeholders(
@@ -38,6 +38,22 @@ def normalise_placeholders(
         if end - start == num_image_tokens:
             keep[start + 1 : end] = False
     return ids[keep]
+
+
+def check_image_list(images: object) -> None:
+    """Refuse one picture where a list of them is expected.
+
+    Raises:
+        InvalidInputError: If `images` is neither a list, nor an array of pictures, nor None.
+    """
+    is_batch = isinstance(images, np.ndarray) and images.ndim == 4
+    is_list = isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray)
+    if images is not None and not is_list and not is_batch:
+        raise InvalidInputError(
+            f"images is one {type(images).__name__} ({shortened(repr(images))}), expected a "
+            "list with a picture, or None, for each prompt. Pass images=[picture], or "
+            "image=picture with a single prompt."
+        )
 
 
 def check_prompt(
@@ -90,7 +106,7 @@ def _check_sample(sample: int, ids: np.ndarray, has_image: bool, vocab_size: int
     if found > 1:
         raise InvalidInputError(
             f"Sample {sample}: the prompt has {found} image placeholders, at "
-            f"{_shortened(np.flatnonzero(is_image).tolist())}; expected 1, since one image "
+            f"{shortened(np.flatnonzero(is_image).tolist())}; expected 1, since one image "
             "per prompt is supported. Remove the others."
         )
     outside = np.flatnonzero(~is_image & ((ids < 0) | (ids >= vocab_size)))
@@ -102,6 +118,7 @@ def _check_sample(sample: int, ids: np.ndarray, has_image: bool, vocab_size: int
         )
 
 
-def _shortened(value: object) -> str:
-    text = str(value)
+def shortened(value: object) -> str:
+    """Return a value as a text of at most 60 characters, for messages."""
+    text = " ".join(str(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,6 +12,7 @@ from dllava_export.runtime.generation import (
     ExtendedRun,
     GenerationLoop,
     GenerationSettings,
+    PromptOptions,
     Stream,
     prompt_ids,
     start_run,
@@ -49,8 +50,9 @@ class Chat:
         turns: What was said, oldest first.
     """
 
-    def __init__(self, session: DecodingSession) -> None:
+    def __init__(self, session: DecodingSession, options: PromptOptions | None = None) -> None:
         self._session = session
+        self._options = options or PromptOptions()
         self._num_prefills = -1
         self.turns: list[Turn] = []
 
@@ -88,7 +90,7 @@ class Chat:
         session = self._session
         if not self.turns:
             images = None if image is None else [image]
-            ids = prompt_ids(session, [question], images, None)
+            ids = prompt_ids(session, [question], images, None, self._options)
             # The caches must hold all turns to come: what they do not use costs nothing.
             run = start_run(session, ids, images, _whole_context(session, chosen))
             self._num_prefills = session.num_prefills + 1
@@ -115,7 +117,12 @@ class Chat:
         """Return what is fed next: tokens of the last answer that were not, and the question."""
         answer = self.turns[-1].answer
         rest = np.array(answer.token_ids[answer.num_fed_tokens :], np.int64)
-        return np.concatenate([rest, self._session.tokenizer.encode_follow_up(question)])
+        ids = self._session.tokenizer.encode_follow_up(
+            question,
+            raw=self._options.raw_prompt,
+            allow_special=self._options.allow_special,
+        )
+        return np.concatenate([rest, ids])
 
 
 def _whole_context(

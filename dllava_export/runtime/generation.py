@@ -12,6 +12,7 @@ import numpy as np
 
 from dllava_export.errors import InvalidInputError, SettingError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.prompts.placeholders import check_image_list
 from dllava_export.prompts.tokenizer import StreamDecoder
 from dllava_export.runtime.results import DecodeResult, Generation, Piece, PrefillResult
 from dllava_export.runtime.sampling import Sampler
@@ -26,6 +27,7 @@ __all__ = [
     "ExtendedRun",
     "GenerationLoop",
     "GenerationSettings",
+    "PromptOptions",
     "RecomputeRun",
     "Run",
     "Stream",
@@ -64,11 +66,21 @@ class GenerationSettings:
         return Sampler(self.temperature, self.top_p, self.seed)
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptOptions:
+    """How text becomes a prompt; see `Session.generate`."""
+
+    system: str | None = None
+    raw_prompt: bool = False
+    allow_special: bool = False
+
+
 def prompt_ids(
     session: DecodingSession,
     prompts: Sequence[str] | None,
     images: Sequence[Any] | None,
     input_ids: Prompts | None,
+    options: PromptOptions | None = None,
 ) -> list[np.ndarray]:
     """Return the token ids of each prompt, [t] int64, image placeholders among them.
 
@@ -79,6 +91,13 @@ def prompt_ids(
         raise InvalidInputError("Give either prompts or input_ids, one of the two.")
     given = prompts if prompts is not None else input_ids
     count = len(given) if given is not None else 0
+    check_image_list(images)
+    if options is not None and options != PromptOptions() and prompts is None:
+        raise InvalidInputError(
+            "system, raw_prompt and allow_special say how text becomes token ids, and token ids "
+            "were given. Leave them out."
+        )
+    options = options or PromptOptions()
     if images is not None and len(images) != count:
         raise InvalidInputError(
             f"{len(images)} images were given for {count} prompts; expected one image, or None, "
@@ -90,7 +109,15 @@ def prompt_ids(
     if prompts is not None:
         tokenizer = session.tokenizer
         return [
-            tokenizer.encode(tokenizer.render(prompt, with_image=with_image))
+            tokenizer.encode(
+                tokenizer.render(
+                    prompt,
+                    with_image=with_image,
+                    system=options.system,
+                    raw=options.raw_prompt,
+                    allow_special=options.allow_special,
+                )
+            )
             for prompt, with_image in zip(prompts, has_image, strict=True)
         ]
     ids = session.normalised_prompts(input_ids if input_ids is not None else [])

@@ -13,6 +13,7 @@ from dllava_export.runtime.decoding import DecodingSession
 from dllava_export.runtime.generation import (
     GenerationLoop,
     GenerationSettings,
+    PromptOptions,
     Stream,
     prompt_ids,
     start_run,
@@ -39,6 +40,9 @@ class Session(DecodingSession):
         prompts: str,
         *,
         image: ImageInput | None = None,
+        system: str | None = None,
+        raw_prompt: bool = False,
+        allow_special: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -54,6 +58,9 @@ class Session(DecodingSession):
         images: Sequence[ImageInput | None] | None = None,
         *,
         input_ids: Prompts | None = None,
+        system: str | None = None,
+        raw_prompt: bool = False,
+        allow_special: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -69,6 +76,9 @@ class Session(DecodingSession):
         *,
         image: ImageInput | None = None,
         input_ids: Prompts | None = None,
+        system: str | None = None,
+        raw_prompt: bool = False,
+        allow_special: bool = False,
         on_token: OnToken | None = None,
         **settings: Any,
     ) -> Generation | list[Generation]:
@@ -79,10 +89,15 @@ class Session(DecodingSession):
 
         Args:
             prompts: The question, or several; the bundle's chat template is put around each.
-            images: One per prompt of a list: a path, a PIL image, an array, or None without an
-                image.
+            images: One per prompt of a list: what `ImageProcessor` takes (a path, a PIL image,
+                an array, bytes, ...), or None without an image.
             image: The picture of a single prompt.
             input_ids: Token ids instead of `prompts`, as for prefill.
+            system: What stands before the conversation instead of the template's own text.
+            raw_prompt: A prompt is a whole conversation, with `<image>` in the image's place:
+                no template is put around it.
+            allow_special: Control tokens in a prompt, such as `</s>`, are control tokens; by
+                default they are text like any other.
             max_new_tokens: Tokens generated at most, per sample; 128 by default.
             temperature: 0, the default, takes the likeliest token.
             top_p: Share of probability to sample from, in (0, 1].
@@ -101,20 +116,21 @@ class Session(DecodingSession):
             SettingError: If a setting is out of range.
         """
         chosen = settings_from(GenerationSettings, settings)
+        options = PromptOptions(system, raw_prompt, allow_special)
         if isinstance(prompts, str):
             if images is not None or input_ids is not None:
                 raise InvalidInputError(
                     "One prompt was given with a list; its picture is `image`. Pass lists of "
                     "prompts and images for several answers."
                 )
-            loop = self._loop([prompts], [image], None, chosen)
+            loop = self._loop([prompts], [image], None, chosen, options)
         elif image is not None:
             raise InvalidInputError(
                 "`image` is the picture of a single prompt; with a list of prompts pass "
                 "`images`, one or None for each."
             )
         else:
-            loop = self._loop(prompts, images, input_ids, chosen)
+            loop = self._loop(prompts, images, input_ids, chosen, options)
         for piece in loop.pieces():
             if on_token is not None:
                 on_token(piece.sample, piece.token_id, piece.text)
@@ -126,6 +142,9 @@ class Session(DecodingSession):
         *,
         image: ImageInput | None = None,
         input_ids: Sequence[int] | np.ndarray | None = None,
+        system: str | None = None,
+        raw_prompt: bool = False,
+        allow_special: bool = False,
         **settings: Any,
     ) -> Stream:
         """Answer a prompt piece by piece.
@@ -136,6 +155,9 @@ class Session(DecodingSession):
             prompt: The question.
             image: Its picture.
             input_ids: [t] token ids instead of `prompt`, -200 for the image.
+            system: See `generate`.
+            raw_prompt: See `generate`.
+            allow_special: See `generate`.
             **settings: See `generate`.
 
         Returns:
@@ -148,13 +170,25 @@ class Session(DecodingSession):
         """
         prompts = None if prompt is None else [prompt]
         ids = None if input_ids is None else [np.asarray(input_ids)]
-        return Stream(
-            self._loop(prompts, [image], ids, settings_from(GenerationSettings, settings))
-        )
+        chosen = settings_from(GenerationSettings, settings)
+        options = PromptOptions(system, raw_prompt, allow_special)
+        return Stream(self._loop(prompts, [image], ids, chosen, options))
 
-    def chat(self) -> Chat:
-        """Return a conversation whose turns build on each other's caches; see `Chat`."""
-        return Chat(self)
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        raw_prompt: bool = False,
+        allow_special: bool = False,
+    ) -> Chat:
+        """Return a conversation whose turns build on each other's caches; see `Chat`.
+
+        Args:
+            system: See `generate`.
+            raw_prompt: Nothing is put around questions: see `generate`.
+            allow_special: See `generate`.
+        """
+        return Chat(self, PromptOptions(system, raw_prompt, allow_special))
 
     def _loop(
         self,
@@ -162,6 +196,7 @@ class Session(DecodingSession):
         images: Sequence[ImageInput | None] | None,
         input_ids: Prompts | None,
         settings: GenerationSettings,
+        options: PromptOptions,
     ) -> GenerationLoop:
-        ids = prompt_ids(self, prompts, images, input_ids)
+        ids = prompt_ids(self, prompts, images, input_ids, options)
         return GenerationLoop(self, start_run(self, ids, images, settings), settings)
