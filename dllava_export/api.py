@@ -68,6 +68,7 @@ def export(
     output_text_keep_rate: float | None = None,
     precision: str | None = None,
     num_decoder_layers: int | None = None,
+    chat_template: str | None = None,
     random_weights: bool = False,
     link: bool = True,
     progress: bool = False,
@@ -90,6 +91,10 @@ def export(
             as trained, else 0.5.
         precision: `fp32`, `fp16` or `bf16`; the checkpoint's by default, fp16 for bf16 ones.
         num_decoder_layers: Export only the first so many decoder layers.
+        chat_template: How the model was taught to read conversations: `vicuna_v1`, `llama_2`,
+            `mistral_instruct`, `chatml`, `plain`, `checkpoint` (its own template), or a file
+            with a jinja2 template; what the checkpoint says by default, and where it says
+            nothing, a guess with a warning.
         random_weights: `checkpoint` is a config.json: export its model with random weights.
         link: Hard-link weights where possible instead of copying them.
         progress: Show a progress bar on stderr.
@@ -128,7 +133,13 @@ def export(
         with stage("reading headers"):
             source = read(checkpoint, num_decoder_layers=num_decoder_layers)
     return export_checkpoint(
-        source, out, options, precision=precision, link=link, progress=progress
+        source,
+        out,
+        options,
+        precision=precision,
+        chat_template=chat_template,
+        link=link,
+        progress=progress,
     )
 
 

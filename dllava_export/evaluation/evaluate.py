@@ -28,7 +28,8 @@ from dllava_export.evaluation.questions import (
 from dllava_export.evaluation.report import Answer, BundleResult, EvaluationReport, KVUse
 from dllava_export.evaluation.settings import EvaluationSettings
 from dllava_export.families.config_file import read_json
-from dllava_export.prompts.images import ImageProcessor, read_image
+from dllava_export.prompts.image_sources import read_image
+from dllava_export.prompts.images import ImageProcessor
 from dllava_export.prompts.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:

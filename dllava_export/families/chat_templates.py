@@ -20,6 +20,7 @@ from dllava_export.names import IMAGE_PLACEHOLDER
 __all__ = [
     "CHECKPOINT_TEMPLATE",
     "TEMPLATES",
+    "TEMPLATE_FILE",
     "Conversation",
     "JinjaTemplate",
     "NamedTemplate",
@@ -34,6 +35,7 @@ CHECKPOINT_TEMPLATE = "checkpoint"
 """Stands for the template beside the tokenizer: the checkpoint's own, or the user's file."""
 
 TEMPLATE_FILE = "chat_template.jinja"
+"""Where a template lies beside a tokenizer."""
 
 Place = Literal["before", "after"]
 

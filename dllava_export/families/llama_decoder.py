@@ -98,6 +98,8 @@ def llama_config(
     result = transformers_config(LlamaConfig, "text configuration", known)
     check_sizes("The text configuration", result, (*REQUIRED_LLAMA_KEYS, "head_dim"))
     _check_decoder(result)
+    if result.pad_token_id is not None and not 0 <= result.pad_token_id < result.vocab_size:
+        result.pad_token_id = None  # only embeddings that are trained need that row
     num_layers = result.num_hidden_layers
     if num_decoder_layers is not None:
         if not 1 <= num_decoder_layers <= num_layers:

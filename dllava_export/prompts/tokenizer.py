@@ -25,6 +25,7 @@ from dllava_export.families.chat_templates import (
     named_templates,
 )
 from dllava_export.families.config_file import read_json
+from dllava_export.families.token_ids import end_ids, stated_ids
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.control_tokens import ControlTokens
 from dllava_export.prompts.placeholders import shortened
@@ -535,9 +536,10 @@ def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, 
 
 
 def _eos_token_ids(folder: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
-    from_generation = _settings(folder / "generation_config.json").get("eos_token_id")
-    ids = from_generation if isinstance(from_generation, list) else [from_generation]
-    return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
+    stated = stated_ids(folder)
+    own = tokenizer.eos_token_id
+    ends = {} if own is None else {"tokenizer": (int(own),)}
+    return end_ids({**stated, "eos": {**stated["eos"], **ends}})
 
 
 @contextlib.contextmanager

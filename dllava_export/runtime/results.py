@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 if TYPE_CHECKING:
-    import os
-
-    from PIL import Image
+    from dllava_export.prompts.image_sources import ImageSource
 
 __all__ = [
     "DecodeResult",
@@ -71,7 +69,8 @@ class RecomputeResult:
     num_rows: np.ndarray
 
 
-ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
+ImageInput: TypeAlias = "ImageSource"
+"""A picture: what `read_image` takes."""
 
 OnToken = Callable[[int, int, str], Any]
 """Called with (sample, token id, text)."""
