@@ -1,13 +1,14 @@
-"""NVIDIA GPUs of this machine, and versions of installed packages."""
+"""NVIDIA GPUs of this machine."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import shutil
 import subprocess
 
-__all__ = ["Gpu", "find_gpus", "installed_version"]
+from dllava_export.extras import installed_version
+
+__all__ = ["Gpu", "find_gpus"]
 
 _NVIDIA_SMI_SECONDS = 20
 _MAX_NAME_PARTS = 4  # name, memory, driver, compute capability
@@ -33,16 +34,6 @@ class Gpu:
 def find_gpus() -> tuple[Gpu, ...]:
     """Return the NVIDIA GPUs that can be seen, by nvidia-smi or else by PyTorch."""
     return _gpus_from_nvidia_smi() or _gpus_from_torch(installed_version("torch"))
-
-
-def installed_version(*distributions: str) -> str | None:
-    """Return the version of the first distribution that is installed, or None."""
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _gpus_from_nvidia_smi() -> tuple[Gpu, ...]:

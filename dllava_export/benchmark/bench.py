@@ -11,7 +11,7 @@ import concurrent.futures
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dllava_export.backends.registry import DEFAULT_BACKEND
@@ -25,7 +25,7 @@ from dllava_export.errors import BackendError
 from dllava_export.precision import Precision
 from dllava_export.sparsity import DENSE
 
-__all__ = ["run_bench"]
+__all__ = ["measure_subjects", "run_bench", "subject_makers"]
 
 
 def run_bench(
@@ -41,8 +41,6 @@ def run_bench(
     Raises:
         DllavaExportError: If the bundle cannot be loaded.
     """
-    from tqdm import tqdm
-
     settings = settings or BenchSettings()
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -51,17 +49,37 @@ def run_bench(
             f"{folder} has no vision tower; bench expects a bundle exported from a checkpoint, "
             "whose prompts hold an image. Export one, with --random-weights if need be."
         )
-    makers, left_out = _subject_makers(folder, manifest, settings)
-    total = len(makers) * (settings.rounds + 2)
-    with tqdm(total=total, disable=not progress, desc="loading", leave=False) as bar:
-        results = {}
-        for name in makers:
-            bar.set_description(f"peak memory of {name}")
-            results[name] = Measurement(
-                name, peak_rss_bytes=_peak_memory(folder, settings, name)
-            )
-            bar.update()
-        subjects = {}
+    makers, left_out = subject_makers(folder, manifest, settings)
+    report = measure_subjects(makers, settings, progress=progress)
+    for result in report.subjects:
+        result.peak_rss_bytes = _peak_memory(folder, settings, result.name)
+    report.left_out.extend(left_out)
+    return report
+
+
+def measure_subjects(
+    makers: Mapping[str, Callable[[], BundleSubject]],
+    settings: BenchSettings,
+    *,
+    progress: bool = False,
+) -> BenchReport:
+    """Time subjects in turns.
+
+    Args:
+        makers: Name → opens a subject.
+        settings: What to measure.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        Everything but peak memory, which wants a process for each subject.
+    """
+    from tqdm import tqdm
+
+    results = {name: Measurement(name) for name in makers}
+    subjects = {}
+    with tqdm(
+        total=len(makers) * (settings.rounds + 1), disable=not progress, leave=False
+    ) as bar:
         for name, make in makers.items():
             bar.set_description(f"loading {name}")
             subjects[name] = make()
@@ -78,17 +96,12 @@ def run_bench(
         for length in settings.decode_lengths:
             results[name].kv_bytes[length] = subject.kv_bytes(length)
         results[name].kv_allocated_bytes = subject.kv_allocated_bytes()
-    first = next(s for s in subjects.values() if isinstance(s, SessionSubject))
-    return BenchReport(
-        settings,
-        list(results.values()),
-        _capacity_ratio(first, settings),
-        machine_line(),
-        left_out,
-    )
+    first = next(iter(subjects.values()))
+    ratio = _capacity_ratio(first, settings) if isinstance(first, SessionSubject) else None
+    return BenchReport(settings, list(results.values()), ratio, machine_line(), [])
 
 
-def _subject_makers(
+def subject_makers(
     folder: Path, manifest: Manifest, settings: BenchSettings
 ) -> tuple[dict[str, Callable[[], BundleSubject]], list[str]]:
     """Return what can be measured, by name, and why the rest cannot."""

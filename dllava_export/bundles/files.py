@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllava_export.errors import BundleError
+from dllava_export.extras import installed_version
 
 if TYPE_CHECKING:
     import onnx
@@ -62,7 +62,9 @@ def tool_versions() -> dict[str, str]:
 
     versions = {"dllava-export": __version__}
     for tool in _TOOLS:
-        versions[tool] = importlib.metadata.version(tool)
+        found = installed_version(tool)
+        if found is not None:  # passes run without PyTorch
+            versions[tool] = found
     return versions
 
 

@@ -516,11 +516,11 @@ def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, 
             f"Folder {folder} has no tokenizer: expected tokenizer.json or tokenizer.model. "
             "Copy the tokenizer files from the checkpoint."
         )
-    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
-
-    loader: Any = PreTrainedTokenizerFast if has_json else LlamaTokenizer
     try:
         with _quiet_transformers():
+            from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+            loader: Any = PreTrainedTokenizerFast if has_json else LlamaTokenizer
             tokenizer = loader.from_pretrained(folder, local_files_only=True)
             starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     # The Rust and the SentencePiece reader raise plain Exception and RuntimeError.
@@ -544,7 +544,10 @@ def _eos_token_ids(folder: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from warning about model types it does not know: it need not."""
+    """Keep transformers from warning of model types and packages that it does not need."""
+    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # asked when transformers is imported
+    before = os.environ.get(advice)
+    os.environ[advice] = "1"
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -553,3 +556,5 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if before is None:
+            del os.environ[advice]

@@ -23,7 +23,7 @@ from dllava_export.reporting.tables import aligned_lines
 
 __all__ = ["ResourceMeter", "ResourceUsage", "StageUsage", "measure_resources", "stage"]
 
-_PROC = Path("/proc/self")
+PROC = Path("/proc/self")
 _UNKNOWN = "unknown"
 _OTHER = "other"
 
@@ -211,12 +211,12 @@ def _unit() -> int:
 
 def _status_bytes(field: str) -> int | None:
     """Return a size of /proc/self/status, where there is such a file."""
-    return _read_field(_PROC / "status", field, unit=1024)
+    return _read_field(PROC / "status", field, unit=1024)
 
 
 def _bytes_written() -> int | None:
     """Return what this process and its ended children have handed to write calls."""
-    return _read_field(_PROC / "io", "wchar", unit=1)
+    return _read_field(PROC / "io", "wchar", unit=1)
 
 
 def _read_field(path: Path, field: str, *, unit: int) -> int | None:

@@ -225,7 +225,7 @@ def _numbers_in_words(check: Check) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    is_used = [any(column) for column in zip(*rows, strict=True)]
+    is_used = [any(row[i] for row in rows) for i in range(len(columns))]
     shown = [
         [cell for cell, used in zip(row, is_used, strict=True) if used]
         for row in (columns, *rows)

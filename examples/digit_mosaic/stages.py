@@ -20,7 +20,7 @@ __all__ = ["LOG_FILE", "PLOT_FILE", "Stage", "Trainable", "plot_log", "run_stage
 
 LOG_FILE = "log.jsonl"
 PLOT_FILE = "log.png"
-_SAVE_EVERY = 120  # seconds
+SAVE_EVERY = 120  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def run_stage(folder: Path, stage: Stage, part: Trainable) -> None:
             log.flush()
             bar.set_postfix({key: f"{value:.3f}" for key, value in extra.items()})
             bar.update()
-            if time.monotonic() - saved > _SAVE_EVERY or step + 1 == stage.steps:
+            if time.monotonic() - saved > SAVE_EVERY or step + 1 == stage.steps:
                 _save(path, step + 1, parameters, optimizer)
                 saved = time.monotonic()
 

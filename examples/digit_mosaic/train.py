@@ -30,7 +30,7 @@ from stages import LOG_FILE, PLOT_FILE, Stage, Trainable, plot_log, run_stage
 from tower_task import Task, TowerTask
 
 from dllava_export.checkpoints.checkpoint import read_checkpoint
-from dllava_export.training import train_predictors
+from dllava_export.training.loop import train_predictors
 from dllava_export.training.model import build_model
 from dllava_export.training.output import write_checkpoint
 from dllava_export.training.settings import TrainingSettings
@@ -56,10 +56,10 @@ _KINDS = (
     "sum",
     "largest",
 )
-_NUM_CONVERSATIONS = {PREDICTORS_FOLDER: 2000, TOGETHER_FOLDER: 3200, DECODER_FOLDER: 1600}
+NUM_CONVERSATIONS = {PREDICTORS_FOLDER: 2000, TOGETHER_FOLDER: 3200, DECODER_FOLDER: 1600}
 _WEIGHTS_FILE = "model.safetensors"
 _TEST_SEED = 97
-_NUM_TEST_MOSAICS = 500
+NUM_TEST_MOSAICS = 500
 PREDICTOR_SETTINGS = TrainingSettings(
     steps=200,
     batch_size=8,
@@ -120,7 +120,7 @@ def train(folder: Path, stages: Sequence[Stage] = STAGES) -> dict[str, float]:
     (folder / DENSE_FOLDER).mkdir(exist_ok=True)
     write_checkpoint(folder / DENSE_FOLDER, model, checkpoint, None, settings)
     plot_log(folder / LOG_FILE, folder / PLOT_FILE)
-    return accuracy(model, task, "test", _TEST_SEED, _NUM_TEST_MOSAICS)
+    return accuracy(model, task, "test", _TEST_SEED, NUM_TEST_MOSAICS)
 
 
 def train_sparse(folder: Path) -> None:
@@ -135,7 +135,7 @@ def train_sparse(folder: Path) -> None:
             continue
         data = folder / f"conversations_{target}"
         if not (data / "questions.json").is_file():
-            num_conversations = _NUM_CONVERSATIONS[target]
+            num_conversations = NUM_CONVERSATIONS[target]
             write_conversations(data, "train", data_seed, num_conversations, kinds=_KINDS)
         report = train_predictors(
             folder / source,

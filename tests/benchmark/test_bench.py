@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
-from dllava_export.benchmark import bench
-from dllava_export.benchmark.bench import run_bench
+from dllava_export.benchmark.bench import measure_subjects, run_bench, subject_makers
 from dllava_export.benchmark.bench_report import BenchReport, Measurement
 from dllava_export.benchmark.bench_settings import BenchSettings
 from dllava_export.benchmark.machine import machine_line
 from dllava_export.benchmark.subject import BundleSubject
+from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError
 from dllava_export.precision import Precision
+
+pytestmark = pytest.mark.slow
 
 SETTINGS = BenchSettings(
     prompt_text_len=10, decode_lengths=(0, 20), num_threads=1, rounds=1, decode_steps=1
@@ -103,17 +106,12 @@ def test_table_gives_ratios_over_sparse():
                      ["sparse", "dense"], id="half precision"),
     ],
 )  # fmt: skip
-def test_says_what_is_left_out(bundles, monkeypatch, changes, sparsity, reasons, names):
+def test_says_what_is_left_out(bundles, changes, sparsity, reasons, names):
     folder = bundles.path("gqa", **sparsity)
-    manifest = dataclasses.replace(bench.bundle.read_manifest(folder), **changes)
-    monkeypatch.setattr(bench.bundle, "read_manifest", lambda *_, **__: manifest)
-    monkeypatch.setattr(bench, "_peak_memory", lambda *_: 1 << 20)
-    monkeypatch.setattr(bench, "SessionSubject", StillSubject)
-    monkeypatch.setattr(bench, "TorchSubject", StillSubject)
-    monkeypatch.setattr(bench, "_capacity_ratio", lambda *_: 1.0)
-    report = run_bench(folder, SETTINGS)
-    assert report.left_out == reasons
-    assert list(subjects(report)) == names
+    manifest = dataclasses.replace(read_manifest(folder), **changes)
+    makers, left_out = subject_makers(folder, manifest, SETTINGS)
+    assert left_out == reasons
+    assert list(makers) == names
 
 
 @pytest.mark.parametrize(
@@ -124,22 +122,31 @@ def test_says_what_is_left_out(bundles, monkeypatch, changes, sparsity, reasons,
         pytest.param({"policy": "none"}, ["dense"], "sparse: the bundle is dense", id="dense"),
     ],
 )  # fmt: skip
-def test_engines_are_timed_alone(bundles, monkeypatch, policy, names, reason):
-    monkeypatch.setattr(bench, "_peak_memory", lambda *_: 1 << 20)
-    monkeypatch.setattr(bench, "SessionSubject", StillSubject)
+def test_engines_are_timed_alone(bundles, policy, names, reason):
     settings = dataclasses.replace(SETTINGS, backend="tensorrt-rtx")
-    report = run_bench(bundles.path("gqa", **policy), settings)
-    assert list(subjects(report)) == names
-    assert report.left_out[0].startswith(reason)
-    assert report.left_out[1] == "transformers: compared with ONNX Runtime only"
-    assert report.capacity_ratio is None
+    folder = bundles.path("gqa", **policy)
+    makers, left_out = subject_makers(folder, read_manifest(folder), settings)
+    assert list(makers) == names
+    assert left_out[0].startswith(reason)
+    assert left_out[1] == "transformers: compared with ONNX Runtime only"
+
+
+def test_every_subject_takes_its_turns():
+    still = {"one": StillSubject(), "two": StillSubject()}
+    settings = dataclasses.replace(SETTINGS, rounds=2)
+    report = measure_subjects({name: lambda s=s: s for name, s in still.items()}, settings)
+    assert list(subjects(report)) == ["one", "two"]
+    for subject in still.values():
+        # A turn per round and length: a step that warms up and one that is timed.
+        assert subject.calls == ["prefill", "fill", "decode", "decode"] * 2 * 2
+    assert report.capacity_ratio is None  # of sessions only
     assert "cache capacity" not in report.to_text()
 
 
-def test_refuses_a_bundle_without_a_vision_tower(bundles, monkeypatch):
-    folder = bundles.path("gqa")
-    manifest = dataclasses.replace(bench.bundle.read_manifest(folder), has_visual=False)
-    monkeypatch.setattr(bench.bundle, "read_manifest", lambda *_, **__: manifest)
+def test_refuses_a_bundle_without_a_vision_tower(bundles, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(bundles.path("gqa"), folder, copy_function=shutil.copyfile)
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), has_visual=False))
     with pytest.raises(BackendError, match="has no vision tower; bench expects a bundle"):
         run_bench(folder, SETTINGS)
 
@@ -147,13 +154,17 @@ def test_refuses_a_bundle_without_a_vision_tower(bundles, monkeypatch):
 class StillSubject(BundleSubject):
     """Takes no time."""
 
-    def __init__(self, *_: object) -> None: ...
+    def __init__(self) -> None:
+        self.calls: list[str] = []
 
-    def prefill(self) -> None: ...
+    def prefill(self) -> None:
+        self.calls.append("prefill")
 
-    def fill(self, num_generated: int) -> None: ...
+    def fill(self, num_generated: int) -> None:
+        self.calls.append("fill")
 
-    def decode(self) -> None: ...
+    def decode(self) -> None:
+        self.calls.append("decode")
 
     def kv_bytes(self, length: int) -> int:
         return length

@@ -20,9 +20,9 @@ from dllava_export.benchmark import bench as bench_module
 from dllava_export.benchmark.bench_report import BenchReport, Measurement
 from dllava_export.benchmark.bench_settings import BenchSettings
 from dllava_export.bundles import layout
-from dllava_export.bundles import manifest as bundle
 from dllava_export.bundles.manifest import read_manifest
-from dllava_export.exporting import weights
+from dllava_export.exporting import sparsifier, weights
+from dllava_export.reporting import output_files
 from dllava_export.sparsity import Sparsity
 from dllava_export.version import __version__
 
@@ -31,6 +31,7 @@ COMMANDS = (
     "export",
     "sparsify",
     "run",
+    "chat",
     "inspect",
     "plan",
     "bench",
@@ -379,7 +380,7 @@ def test_an_output_folder_that_cannot_be_written(checkpoint, tmp_path, monkeypat
     def refuse(**_: object) -> str:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(bundle.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(output_files.tempfile, "mkdtemp", refuse)
     arguments = ["export", checkpoint, tmp_path / "out"]
     assert_fails(1, "cannot be written (Permission denied)", arguments=arguments)
 
@@ -397,7 +398,7 @@ def test_a_disk_that_fills_up_with_weights(checkpoint, tmp_path, monkeypatch, tr
 
 
 def test_a_disk_that_fills_up_at_the_end(bundles, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle, "write_manifest", full_disk)
+    monkeypatch.setattr(sparsifier, "write_manifest", full_disk)
     arguments = ["sparsify", bundles.path("gqa"), tmp_path / "out"]
     parts = ["No space left on device", "Free some space", "nothing was left behind"]
     assert_fails(1, *parts, arguments=arguments)

@@ -27,6 +27,8 @@ from dllava_export.training.data import Batch, ConversationData
 from dllava_export.training.model import TrainingModel, build_model
 from dllava_export.training.settings import TrainingSettings
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra `examples`)")
 
 FOLDER = ROOT / "examples" / "digit_mosaic"
@@ -197,13 +199,13 @@ def test_training_goes_on_exactly_where_it_stopped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train, "_NUM_TEST_MOSAICS", 2)
+    monkeypatch.setattr(train, "NUM_TEST_MOSAICS", 2)
     small = _stages(train)
     found = train.train(_new(tmp_path / "whole"), small)
     assert set(found) == set(KINDS)
     assert all(0 <= share <= 1 for share in found.values())
 
-    monkeypatch.setattr(stages, "_SAVE_EVERY", 0)
+    monkeypatch.setattr(stages, "SAVE_EVERY", 0)
     draw = packs.PackBatch.draw
 
     def draw_or_stop(task: Any, split: str, seed: int, indices: range, *args: Any) -> Any:
@@ -242,7 +244,7 @@ def test_predictors_are_trained_from_the_dense_checkpoint(
         short = dataclasses.replace(getattr(train, name), steps=1, batch_size=2)
         monkeypatch.setattr(train, name, short)
     folders = (train.PREDICTORS_FOLDER, train.TOGETHER_FOLDER, train.DECODER_FOLDER)
-    monkeypatch.setattr(train, "_NUM_CONVERSATIONS", dict.fromkeys(folders, 3))
+    monkeypatch.setattr(train, "NUM_CONVERSATIONS", dict.fromkeys(folders, 3))
     shutil.copytree(untrained, tmp_path / train.DENSE_FOLDER)
     train.train_sparse(tmp_path)
     checkpoint = read_checkpoint(tmp_path / train.SPARSE_FOLDER)

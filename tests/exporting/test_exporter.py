@@ -15,10 +15,10 @@ import onnx
 import pytest
 
 from dllava_export.bundles import layout
-from dllava_export.bundles import manifest as manifest_module
 from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.checkpoints.checkpoint import random_checkpoint, read_checkpoint
 from dllava_export.errors import BundleError, UnsupportedModelError
+from dllava_export.exporting import exporter as exporter_module
 from dllava_export.exporting import tracing, weights
 from dllava_export.exporting.exporter import export_checkpoint, resolve_sparsity
 from dllava_export.exporting.options import SparsityOptions
@@ -96,9 +96,10 @@ def test_manifest_describes_the_checkpoint(bundles):
     assert dataclasses.replace(
         manifest, tensors={}, passes={}, producer={}, source=""
     ) == Manifest(
+        family="llava",
         layout="dynamic-llava",
-        precision="fp32",
-        geometry=Geometry(5, 64, 144, 4, 2, 16, 131, 64, 4, PredictorGeometry(32, 4, 64, 2)),
+        precision=Precision.of("fp32"),
+        geometry=Geometry(5, 64, 144, 4, 2, 16, 131, 64, PredictorGeometry(32, 4, 64, 2)),
         max_position_embeddings=512,
         sparsity=Sparsity("predictor", 3, 0.29, None, 0.5),
         image_token_id=-200,
@@ -488,7 +489,7 @@ def test_a_cut_below_the_sparse_layer_is_refused(tmp_path):
         pytest.param(tracing, "trace_visual", id="tracing"),
         pytest.param(weights, "attach_weights", id="weights"),
         pytest.param(weights, "write_embedding", id="embedding"),
-        pytest.param(manifest_module, "write_manifest", id="manifest"),
+        pytest.param(exporter_module, "write_manifest", id="manifest"),
     ],
 )
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -13,10 +13,12 @@ from typing import Any
 import checkpoint_factory as factory
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import json, sys
 from dllava_export.cli import main
-from dllava_export.resources import measure_resources
+from dllava_export.reporting.resources import measure_resources
 with measure_resources() as meter:
     main(sys.argv[1:], standalone_mode=False)
     print("\\n" + json.dumps(meter.usage().to_json()))

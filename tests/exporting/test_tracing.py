@@ -18,6 +18,8 @@ from dllava_export.checkpoints.checkpoint import Checkpoint, random_checkpoint, 
 from dllava_export.exporting.tracing import trace_decoder, trace_visual
 from dllava_export.exporting.weights import CHECKPOINT_LOCATION, attach_weights
 
+pytestmark = pytest.mark.slow
+
 WIDE = {
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -377,6 +377,7 @@ def test_written_safetensors_can_be_loaded(tmp_path: Path) -> None:
         np.testing.assert_array_equal(mapped, loaded[name])
 
 
+@pytest.mark.slow
 def test_streaming_7b_tensors_needs_little_memory(tmp_path: Path) -> None:
     factory.make_sparse_7b(tmp_path / "in", num_layers=3)
     program = """
@@ -384,8 +385,8 @@ import resource, sys
 from pathlib import Path
 import ml_dtypes
 import numpy as np
-from dllava_export.checkpoint import read_checkpoint
-from dllava_export.weights import write_embedding
+from dllava_export.checkpoints.checkpoint import read_checkpoint
+from dllava_export.exporting.weights import write_embedding
 folder = Path(sys.argv[1])
 source = read_checkpoint(folder / "in").tensors["model.embed_tokens.weight"]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

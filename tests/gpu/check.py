@@ -28,8 +28,8 @@ __all__ = ["PARTS", "main"]
 
 PARTS = ("compare", "kernels", "speed")
 _ENGINES = ("tensorrt-rtx", "tensorrt")
-_LENGTHS = (0, 512, 1024)
-_BATCHES = (1, 4)
+LENGTHS = (0, 512, 1024)
+BATCHES = (1, 4)
 _MAX_INPUT_LEN, _CAPACITY = 704, 2049
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = doctor.collect()
     report = Report(_environment(found))
     reason = "" if found.gpus else "there is no NVIDIA GPU: nvidia-smi and PyTorch see none"
-    for part, run in (("compare", _compare), ("kernels", _kernels), ("speed", _speed)):
+    for part, run in (("compare", run_compare), ("kernels", _kernels), ("speed", _speed)):
         if part not in options.parts:
             report.leave_out(f"{part}: not asked for (--parts)")
         elif reason:
@@ -120,7 +120,7 @@ def _build(folder: Path, backend: str, batch: int) -> None:
     build_engines(folder, options)
 
 
-def _compare(report: Report, options: argparse.Namespace) -> None:
+def run_compare(report: Report, options: argparse.Namespace) -> None:
     """Compare every backend with ONNX Runtime on the CPU."""
     from gpu_bundles import golden_bundle, golden_prompts, large_bundle, random_prompt
 
@@ -137,7 +137,7 @@ def _compare_bundle(report: Report, folder: Path, prompts: dict[str, Prompt]) ->
     limits = LIMITS[str(read_manifest(folder, verify=False).precision)]
     reference = load(folder)
     expected = {name: trace(reference, prompt) for name, prompt in prompts.items()}
-    for subject, open_session in _subjects(folder, report, max(_BATCHES)).items():
+    for subject, open_session in _subjects(folder, report, max(BATCHES)).items():
         try:
             session = open_session()
             for name, prompt in prompts.items():
@@ -171,7 +171,7 @@ def _speed(report: Report, options: argparse.Namespace) -> None:
     dense = dense_form(sparse, options.out / f"{sparse.name}_dense")
     forms = {"sparse": sparse, "dense": dense}
     for form, folder in forms.items():
-        for subject, open_session in _subjects(folder, report, max(_BATCHES)).items():
+        for subject, open_session in _subjects(folder, report, max(BATCHES)).items():
             _time_subject(report, f"{form}, {subject}", open_session, random_prompt, sparse)
 
 
@@ -186,8 +186,8 @@ def _time_subject(
 
     try:
         session = open_session()
-        for batch in _BATCHES:
-            figures = time_session(session, prompt_of(folder, batch), _LENGTHS)
+        for batch in BATCHES:
+            figures = time_session(session, prompt_of(folder, batch), LENGTHS)
             report.rows.append(Row("speed", f"{title}, batch {batch}", None, figures))
     except DllavaExportError as error:
         report.leave_out(f"speed of {title}: {error}")

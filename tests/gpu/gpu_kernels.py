@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["check_kernels", "copy_bandwidth", "milliseconds"]
 
 _REPEATS = 50
-_COPY_BYTES = 1 << 30
+COPY_BYTES = 1 << 30
 
 
 def check_kernels(report: Report) -> None:
@@ -72,11 +72,11 @@ def copy_bandwidth() -> float:
     """Return bytes read and written per second by a large copy on the GPU."""
     import torch
 
-    source = torch.zeros(_COPY_BYTES // 4, device="cuda")
+    source = torch.zeros(COPY_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
 
     def copy() -> None:
         target.copy_(source)
 
     elapsed = milliseconds(copy)
-    return 2 * _COPY_BYTES / elapsed * 1e3
+    return 2 * COPY_BYTES / elapsed * 1e3

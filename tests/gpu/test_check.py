@@ -16,6 +16,7 @@ from gpu_report import Report, Row
 from gpu_speed import time_session
 
 from dllava_export.backends import doctor
+from dllava_export.backends.gpus import Gpu
 from dllava_export.errors import BackendError
 from dllava_export.plugins import check_kernels, kernel_cases
 from dllava_export.plugins.check_kernels import CaseResult
@@ -127,7 +128,7 @@ def test_copy_bandwidth_counts_bytes_read_and_written(monkeypatch):
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
     monkeypatch.setattr(gpu_kernels, "milliseconds", lambda start: start() or 0.5)
-    monkeypatch.setattr(gpu_kernels, "_COPY_BYTES", 1024)
+    monkeypatch.setattr(gpu_kernels, "COPY_BYTES", 1024)
     assert gpu_kernels.copy_bandwidth() == pytest.approx(2 * 1024 / 0.5e-3)
 
 
@@ -160,9 +161,9 @@ def test_results_survive_a_crash(tmp_path, monkeypatch):
         report.rows.append(Row("compare", "tiny", passed=True, figures={}))
         raise MemoryError
 
-    found = dataclasses.replace(doctor.collect(), gpus=(doctor.Gpu("L4", 1, None, "8.9"),))
+    found = dataclasses.replace(doctor.collect(), gpus=(Gpu("L4", 1, None, "8.9"),))
     monkeypatch.setattr(doctor, "collect", lambda: found)
-    monkeypatch.setattr(check, "_compare", crash)
+    monkeypatch.setattr(check, "run_compare", crash)
     with pytest.raises(MemoryError):
         main(["--out", str(tmp_path), "--parts", "compare"])
     document = json.loads((tmp_path / "check.json").read_text())
@@ -197,8 +198,8 @@ def test_bundles_are_compared_subject_by_subject(bundles, monkeypatch):
 
 
 def test_subjects_are_timed_at_each_batch_size(bundles, monkeypatch):
-    monkeypatch.setattr(check, "_BATCHES", (1, 2))
-    monkeypatch.setattr(check, "_LENGTHS", (0, 4))
+    monkeypatch.setattr(check, "BATCHES", (1, 2))
+    monkeypatch.setattr(check, "LENGTHS", (0, 4))
     report = Report({})
     folder = bundles.path("mha")
     session = bundles.session("mha")

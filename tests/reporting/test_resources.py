@@ -154,7 +154,7 @@ def test_table_of_stages():
 
 
 def test_says_where_the_system_does_not_tell(monkeypatch, tmp_path):
-    monkeypatch.setattr(resources, "_PROC", tmp_path)
+    monkeypatch.setattr(resources, "PROC", tmp_path)
     monkeypatch.setitem(sys.modules, "resource", None)
     with measure_resources() as meter, stage("anything"):
         pass

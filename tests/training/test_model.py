@@ -26,11 +26,10 @@ from dllava_export.families.predictors import (
     OutputTextPredictor,
     sample_keep_mask,
 )
-from dllava_export.training import TrainingSettings
 from dllava_export.training.data import Batch
 from dllava_export.training.masked_attention import masked_softmax
 from dllava_export.training.model import build_model
-from dllava_export.training.settings import resolve_predictors
+from dllava_export.training.settings import TrainingSettings, resolve_predictors
 
 CPU = torch.device("cpu")
 

@@ -10,10 +10,10 @@ from polygraphy.json import load_json
 
 from dllava_export import names
 from dllava_export.backends.ort.backend import OrtBackend, open_session
+from dllava_export.backends.ort.factory import OrtFactory
 from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError
 from dllava_export.precision import Precision
-from dllava_export.validation import backend_runner
 from dllava_export.validation.backend_runner import BackendRunner
 from dllava_export.validation.graph_inputs import save_graph_inputs
 from dllava_export.validation.settings import ValidationSettings
@@ -89,7 +89,9 @@ def test_larger_buffers_of_an_engine_are_cut_to_what_was_fed(feeds, monkeypatch)
 
     path, by_use = feeds["sparse"]
     expected = infer(path / "llm/model.onnx", by_use["decoder_decode"])
-    monkeypatch.setattr(backend_runner, "_open", lambda f, m, *_: Roomy(f, m, num_threads=1))
+    monkeypatch.setattr(
+        OrtFactory, "open", lambda _, f, m, *__, **___: Roomy(f, m, num_threads=1)
+    )
     found = infer(path / "llm/model.onnx", by_use["decoder_decode"])
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, atol=1e-5, err_msg=name)

@@ -101,7 +101,10 @@ def test_the_graphs_compute_what_a_session_does(bundles, mha):
     ):
         found = logits_of(path, graph, feeds[name])
         np.testing.assert_allclose(found, expected.logits, atol=1e-5)
-    assert feeds["decoder_decode"][names.WRITE_INDEX_SPARSE] == answered[-2].cache_lengths[3]
+    assert (
+        feeds["decoder_decode"][names.write_index(names.SPARSE)]
+        == answered[-2].cache_lengths[3]
+    )
     assert logits_of(path, "llm/dense.onnx", feeds["dense"]).shape[:2] == (1, NUM_PROMPT + 4)
 
 

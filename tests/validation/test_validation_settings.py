@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dllava_export.precision import Precision
 from dllava_export.validation.settings import Tolerances, ValidationSettings, tolerances_for
 
 
@@ -30,7 +31,9 @@ def test_impossible_settings_are_refused(changes, message):
 
 def test_tolerances_fit_the_precision():
     fp32, fp16, bf16 = (
-        tolerances_for(ValidationSettings(), SimpleNamespace(precision=precision))
+        tolerances_for(
+            ValidationSettings(), SimpleNamespace(precision=Precision.of(precision))
+        )
         for precision in ("fp32", "fp16", "bf16")
     )
     for name in ("rtol", "atol", "margin"):
@@ -39,5 +42,5 @@ def test_tolerances_fit_the_precision():
 
 def test_what_is_asked_for_is_taken():
     settings = ValidationSettings(rtol=0.0, margin=0.5, check_error_stat="mean")
-    found = tolerances_for(settings, SimpleNamespace(precision="fp32"))
+    found = tolerances_for(settings, SimpleNamespace(precision=Precision.of("fp32")))
     assert found == Tolerances(rtol=0.0, atol=2e-4, check_error_stat="mean", margin=0.5)
