@@ -95,11 +95,12 @@ def llama_config(
         SettingError: If `num_decoder_layers` is not in 1..num_hidden_layers.
     """
     known = {key: values[key] for key in LLAMA_KEYS if key in values}
+    pad, vocab_size = known.get("pad_token_id"), known.get("vocab_size")
+    if type(pad) is int and type(vocab_size) is int and not 0 <= pad < vocab_size:
+        del known["pad_token_id"]  # a row that only padding would need, which is not fed
     result = transformers_config(LlamaConfig, "text configuration", known)
     check_sizes("The text configuration", result, (*REQUIRED_LLAMA_KEYS, "head_dim"))
     _check_decoder(result)
-    if result.pad_token_id is not None and not 0 <= result.pad_token_id < result.vocab_size:
-        result.pad_token_id = None  # only embeddings that are trained need that row
     num_layers = result.num_hidden_layers
     if num_decoder_layers is not None:
         if not 1 <= num_decoder_layers <= num_layers:

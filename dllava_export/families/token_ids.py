@@ -75,11 +75,11 @@ def contradictions(stated: StatedIds, vocab_size: int) -> list[str]:
     """
     warnings = []
     for role, files in stated.items():
-        says = ", ".join(f"{file} says {_shown(ids)}" for file, ids in files.items())
+        says = "; ".join(f"{file} says {_shown(ids)}" for file, ids in files.items())
         sets = [set(ids) for ids in files.values()]
         # One of several ends is no contradiction.
         if any(not a & b for a in sets for b in sets):
-            used = f"; {_shown(end_ids(stated))} is used" if role == "eos" else ""
+            used = f"; used: {_shown(end_ids(stated))}" if role == "eos" else ""
             warnings.append(
                 f"files disagree about {role}_token_id: {says}{used}. Correct them."
             )
@@ -93,7 +93,7 @@ def contradictions(stated: StatedIds, vocab_size: int) -> list[str]:
 
 
 def _shown(ids: tuple[int, ...]) -> str:
-    return " and ".join(map(str, ids))
+    return ", ".join(map(str, ids))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def test_files_that_disagree(tmp_path):
     )
     assert end_ids(stated) == (9,)
     bos, eos, pad = contradictions(stated, 10)
-    assert bos.startswith("files disagree about bos_token_id: config.json says 1, generation")
-    assert eos.endswith("generation_config.json says 9; 9 is used. Correct them.")
+    assert bos.startswith("files disagree about bos_token_id: config.json says 1; generation")
+    assert eos.endswith("generation_config.json says 9; used: 9. Correct them.")
     assert pad.startswith(
         "pad_token_id 32001 is not in the vocabulary of 10: config.json says"
     )
