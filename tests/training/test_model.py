@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tolerances
 import torch
 from golden import DATA, golden_shapes
 from training_factory import (
@@ -78,7 +79,9 @@ def test_masked_softmax_equals_the_formula(keep):
     causal = np.where(np.tri(5, dtype=bool), scores, -np.inf)
     tensor = torch.tensor(causal, dtype=torch.float32)[None, None]
     found = masked_softmax(tensor, torch.tensor([keep], dtype=torch.float32))[0, 0]
-    np.testing.assert_allclose(found.numpy(), reference_softmax(causal, keep), atol=1e-6)
+    np.testing.assert_allclose(
+        found.numpy(), reference_softmax(causal, keep), atol=tolerances.MASKED
+    )
 
 
 def test_masked_softmax_scales_by_the_largest_visible_score_dropped_or_not():
@@ -231,7 +234,9 @@ def test_a_sample_does_not_depend_on_its_batch(folder, batch):
     with torch.no_grad():
         both = model.decode(embeds, lambda _: keep)
         alone = model.decode(embeds[:1, :length], lambda _: keep[:1, :length])
-    torch.testing.assert_close(both[:1, :length], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        both[:1, :length], alone, atol=tolerances.TORCH, rtol=tolerances.TORCH
+    )
 
 
 def test_gradient_checkpointing_changes_nothing(folder, batch):
@@ -286,7 +291,9 @@ def test_a_mask_equals_pruned_rows_at_kept_positions(folder, batch):
             found = model.logits(masked[:, keep])
             expected = model.logits(pruned_hidden(model, embeds, keep, 2))
         assert not keep.all()
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            found, expected, atol=tolerances.TORCH, rtol=tolerances.TORCH
+        )
 
 
 def test_a_mask_equals_pruned_rows_with_shared_key_heads():
@@ -297,7 +304,7 @@ def test_a_mask_equals_pruned_rows_with_shared_key_heads():
     with torch.no_grad():
         masked = model.decode(embeds, lambda _: keep[None].float())[:, keep]
         expected = pruned_hidden(model, embeds, keep, model._predictors.sparse_layer)
-    torch.testing.assert_close(masked, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(masked, expected, atol=tolerances.TORCH, rtol=tolerances.TORCH)
 
 
 def test_tied_embeddings_are_trained_as_one(folder, tmp_path, batch):
