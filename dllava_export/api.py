@@ -445,6 +445,7 @@ def train_predictors(
     out: StrPath,
     *,
     image_folder: StrPath | None = None,
+    allow_outside: bool = False,
     on_bad_record: Literal["stop", "skip"] = "stop",
     resume: bool = False,
     progress: bool = False,
@@ -457,6 +458,7 @@ def train_predictors(
         data: LLaVA's JSON of conversations about images.
         out: New or empty folder, or that of the run to resume.
         image_folder: What names of images start from; the folder of `data` by default.
+        allow_outside: Take images that lie outside that folder.
         on_bad_record: `stop` at the first record that cannot be used, or `skip` them.
         resume: Go on from the last training state in `out`.
         progress: Show progress bars on stderr.
@@ -482,6 +484,7 @@ def train_predictors(
         out,
         settings_from(TrainingSettings, settings),
         image_folder=image_folder,
+        allow_outside=allow_outside,
         on_bad_record=on_bad_record,
         resume=resume,
         progress=progress,

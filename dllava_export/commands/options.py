@@ -18,6 +18,7 @@ from dllava_export.sparsity import DEFAULT_POLICY
 __all__ = [
     "RATE",
     "BackendCommand",
+    "allow_outside",
     "backend_choice",
     "backend_options",
     "check_folder",
@@ -105,6 +106,15 @@ def backend_options(function: Callable[..., None]) -> Callable[..., None]:
         default=DEFAULT_BACKEND,
         show_default=True,
         help="What runs the bundle; the TensorRT ones run engines of `dllava-export build`.",
+    )(function)
+
+
+def allow_outside(function: Callable[..., None]) -> Callable[..., None]:
+    """Option of commands that read pictures which a file names."""
+    return click.option(
+        "--allow-outside",
+        is_flag=True,
+        help="Take images that lie outside the image folder (absolute names, .., links).",
     )(function)
 
 

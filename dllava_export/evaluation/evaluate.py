@@ -178,7 +178,12 @@ def _usable_questions(
     processors = {r.image_processor for r in readers if r.image_processor is not None}
     decoded: set[Path] = set()
     folder = None if image_folder is None else Path(image_folder)
-    found = read_questions(data, folder, skipped=None if is_strict else skipped)
+    found = read_questions(
+        data,
+        folder,
+        allow_outside=settings.allow_outside,
+        skipped=None if is_strict else skipped,
+    )
     for question in tqdm(found, "checking questions", disable=not progress, leave=False):
         try:
             for reader in readers:

@@ -207,9 +207,11 @@ class ChatTokenizer:
             [seq_len], int64. Token ids, and -200 for each `<image>`.
 
         Raises:
-            InvalidInputError: If the tokenizer makes a control token of what a user typed.
+            InvalidInputError: If it is no text, or the tokenizer makes a control token of what a
+                user typed.
         """
-        ids = self._ids(text.marked if isinstance(text, RenderedPrompt) else text)
+        marked = text.marked if isinstance(text, RenderedPrompt) else text
+        ids = self._ids(_checked(marked, "A text"))
         if self._bos_id is not None and ids[:1] != [self._bos_id]:
             ids = [self._bos_id, *ids]
         return np.array(ids, np.int64)
