@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dllava_export.errors import CheckpointError, DllavaExportError
 
-__all__ = ["check_sizes", "read_json", "transformers_config"]
+__all__ = ["check_sizes", "quiet_transformers", "read_json", "transformers_config"]
 
 Config = TypeVar("Config")
 
@@ -61,7 +62,8 @@ def transformers_config(cls: type[Config], name: str, values: Mapping[str, Any])
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        return cls(**values)
+        with quiet_transformers():
+            return cls(**values)
     except (StrictDataclassError, ArithmeticError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -87,3 +89,16 @@ def check_sizes(name: str, config: object, keys: tuple[str, ...]) -> None:
                 f"{name} has {key} {value!r}, expected a whole number of at least 1. "
                 "Restore config.json."
             )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from warning: what matters is an error or a warning of ours."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from dllava_export.families.chat_templates import (
     find_template,
     named_templates,
 )
-from dllava_export.families.config_file import read_json
+from dllava_export.families.config_file import quiet_transformers, read_json
 from dllava_export.families.token_ids import end_ids, stated_ids
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.control_tokens import ControlTokens
@@ -519,7 +518,7 @@ def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, 
             "Copy the tokenizer files from the checkpoint."
         )
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
             loader: Any = PreTrainedTokenizerFast if has_json else LlamaTokenizer
@@ -542,21 +541,3 @@ def _eos_token_ids(folder: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
     own = tokenizer.eos_token_id
     ends = {} if own is None else {"tokenizer": (int(own),)}
     return end_ids({**stated, "eos": {**stated["eos"], **ends}})
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from warning of model types and packages that it does not need."""
-    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # asked when transformers is imported
-    before = os.environ.get(advice)
-    os.environ[advice] = "1"
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if before is None:
-            del os.environ[advice]

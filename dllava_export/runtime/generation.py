@@ -90,6 +90,13 @@ def prompt_ids(
     """
     if (prompts is None) == (input_ids is None):
         raise InvalidInputError("Give either prompts or input_ids, one of the two.")
+    if prompts is not None and (
+        isinstance(prompts, bytes) or not isinstance(prompts, Sequence)
+    ):
+        raise InvalidInputError(
+            f"prompts is a {type(prompts).__name__}, expected a text, or a list of texts. "
+            "Pass generate(prompts, images)."
+        )
     given = prompts if prompts is not None else input_ids
     count = len(given) if given is not None else 0
     check_image_list(images)

@@ -43,3 +43,12 @@ def test_sizes_are_whole_numbers_of_at_least_one(value):
         CheckpointError, match=f"It has hidden_size {value!r}, expected a whole"
     ):
         check_sizes("It", config, ("hidden_size",))
+
+
+def test_transformers_does_not_warn_above_an_error_of_ours(capfd, caplog):
+    values = {"vocab_size": 10, "pad_token_id": 99, "eos_token_id": 99}
+    assert transformers_config(LlamaConfig, "text configuration", values).vocab_size == 10
+    with pytest.raises(CheckpointError):
+        transformers_config(LlamaConfig, "text configuration", {**values, "vocab_size": "x"})
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records

@@ -50,8 +50,13 @@ def test_one_picture_where_a_list_is_expected(bundles, images):
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([None], "is a NoneType, expected text"), (["a\udc80"], "holds half a character")],
-    ids=["none", "lone surrogate"],
+    [
+        pytest.param([None], "is a NoneType, expected text", id="none"),
+        pytest.param(["a\udc80"], "holds half a character", id="lone surrogate"),
+        pytest.param(Image.new("RGB", (4, 4)), "prompts is a Image, expected", id="picture"),
+        pytest.param(b"w5", "prompts is a bytes, expected", id="bytes"),
+        pytest.param(None, "Give either prompts or input_ids", id="nothing"),
+    ],
 )
 def test_prompts_that_are_no_text(bundles, prompts, message):
     with pytest.raises(InvalidInputError, match=message):
