@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,6 +95,9 @@ def check_sizes(name: str, config: object, keys: tuple[str, ...]) -> None:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers from warning: what matters is an error or a warning of ours."""
+    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # asked when transformers is imported
+    before = os.environ.get(advice)
+    os.environ[advice] = "1"
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -102,3 +106,7 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if before is None:
+            del os.environ[advice]
+        else:
+            os.environ[advice] = before
