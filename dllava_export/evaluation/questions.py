@@ -13,13 +13,13 @@ and question files:
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dllava_export.errors import DllavaExportError
+from dllava_export.json_text import parse_json
 from dllava_export.names import IMAGE_PLACEHOLDER
 from dllava_export.prompts.data_files import answer_text, read_data_file
 
@@ -112,8 +112,8 @@ def _read_entries(path: Path) -> list[Any]:
         ) from error
     if content.lstrip().startswith("["):
         try:
-            return json.loads(content)
-        except (ValueError, RecursionError) as error:
+            return parse_json(content)
+        except ValueError as error:
             raise EvaluationError(
                 f"{path} cannot be read as JSON ({error}), expected a list of records. Restore "
                 "the file."
@@ -125,9 +125,9 @@ def _read_entries(path: Path) -> list[Any]:
 def _parse_line(line: str) -> Any:
     """Return the record of a line, or what is wrong with it: only this record is bad."""
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return ValueError(str(error))
+        return parse_json(line)
+    except ValueError as error:
+        return error
 
 
 def _parse_question(

@@ -8,6 +8,7 @@ from typing import Any
 
 from dllava_export.errors import BundleError
 from dllava_export.families.config_file import read_json
+from dllava_export.families.config_kinds import GENERATION_KINDS, Kinds
 
 __all__ = ["StatedIds", "contradictions", "end_ids", "stated_ids"]
 
@@ -28,12 +29,12 @@ def stated_ids(folder: Path) -> StatedIds:
         folder: Of a checkpoint, or of a bundle's decoder.
 
     Raises:
-        BundleError: If one of them is no JSON object.
+        BundleError: If one of them is no JSON object, or has an id that is none.
     """
     config = _read(folder / _CONFIG)
     inner = config.get("text_config")
     texts = {**(inner if isinstance(inner, dict) else {}), **config}
-    generation = _read(folder / "generation_config.json")
+    generation = _read(folder / "generation_config.json", GENERATION_KINDS)
     tokenizer_config = _read(folder / "tokenizer_config.json")
     known = _ids_by_token(_read(folder / "tokenizer.json"), tokenizer_config)
     stated: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -96,8 +97,10 @@ def _shown(ids: tuple[int, ...]) -> str:
     return ", ".join(map(str, ids))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, "a folder with a tokenizer", BundleError) if path.is_file() else {}
+def _read(path: Path, kinds: Kinds | None = None) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    return read_json(path, "a folder with a tokenizer", BundleError, kinds=kinds)
 
 
 def _ids(value: Any) -> tuple[int, ...]:

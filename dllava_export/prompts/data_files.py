@@ -8,7 +8,7 @@ from typing import Any
 
 from dllava_export.errors import DllavaExportError
 
-__all__ = ["OutsideError", "answer_text", "image_file", "is_utf8", "read_data_file"]
+__all__ = ["OutsideError", "answer_text", "image_file", "read_data_file"]
 
 
 class OutsideError(DllavaExportError):
@@ -29,17 +29,8 @@ def read_data_file(path: Path) -> str:
 
 def answer_text(value: Any) -> Any:
     """Return an answer as text where it is a number; anything else as it is."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number and math.isfinite(value) else value
-
-
-def is_utf8(text: str) -> bool:
-    """Return whether UTF-8 can hold a text: JSON can write halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+    return str(value) if is_number else value
 
 
 def image_file(folder: Path, name: str, *, allow_outside: bool = False) -> Path | None:

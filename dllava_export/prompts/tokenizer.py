@@ -24,6 +24,7 @@ from dllava_export.families.chat_templates import (
     named_templates,
 )
 from dllava_export.families.config_file import quiet_transformers, read_json
+from dllava_export.families.config_kinds import TOKENIZER_KINDS
 from dllava_export.families.token_ids import end_ids, stated_ids
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.control_tokens import ControlTokens
@@ -504,7 +505,9 @@ def _jinja_template(folder: pathlib.Path, tokenizer: Any) -> JinjaTemplate:
 
 def _settings(path: pathlib.Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty where there is no file."""
-    return read_json(path, "a folder with a tokenizer", BundleError) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return read_json(path, "a folder with a tokenizer", BundleError, kinds=TOKENIZER_KINDS)
 
 
 def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, bool]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dllava_export.errors import InvalidInputError
+from dllava_export.json_text import parse_json
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.data_files import (
     OutsideError,
     answer_text,
     image_file,
-    is_utf8,
     read_data_file,
 )
 from dllava_export.prompts.images import ImageProcessor
@@ -344,8 +343,8 @@ class ConversationData:
 
 def _read_file(path: Path) -> list[Any]:
     try:
-        content = json.loads(read_data_file(path))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(read_data_file(path))
+    except (OSError, ValueError) as error:
         raise TrainingError(
             f"{path} cannot be read as JSON ({error}), expected {_FORM}. Restore the file."
         ) from error
@@ -436,11 +435,6 @@ def _parse_turns(
             raise BadRecordError(
                 f"{name}: turn {number} is from {found!r}, expected text from {role!r}, since "
                 f"human and gpt take turns. {remedy}"
-            )
-        if not is_utf8(text):
-            raise BadRecordError(
-                f"{name}: turn {number} holds half a character, expected text that UTF-8 can "
-                f"hold. {remedy}"
             )
         num_places = text.count(IMAGE_PLACEHOLDER)
         if num_places and role == "gpt":

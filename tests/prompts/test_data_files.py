@@ -62,7 +62,7 @@ def test_a_byte_order_mark(folder, form):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(3, "3"), (0, "0"), (-2.5, "-2.5"), (10**30, "1" + "0" * 30)]
+    ("value", "text"), [(3, "3"), (0, "0"), (-2.5, "-2.5"), (10**400, "1" + "0" * 400)]
 )
 def test_numbers_as_answers(folder, value, text):
     path = folder / "questions.json"
@@ -82,7 +82,7 @@ def test_what_is_no_answer(folder, value):
 def test_half_a_character(folder):
     path = folder / "questions.json"
     path.write_text(json.dumps([conversation(answer="a\ud800")]))
-    with pytest.raises(EvaluationError, match="turn 1 holds half a character"):
+    with pytest.raises(EvaluationError, match="half of a surrogate pair"):
         read(path)
 
 
