@@ -73,6 +73,7 @@ def export(
     output_text_keep_rate: float | None = None,
     precision: str | None = None,
     num_decoder_layers: int | None = None,
+    chat_template: str | None = None,
     random_weights: bool = False,
     link: bool = True,
     progress: bool = False,
@@ -95,6 +96,10 @@ def export(
             as trained, else 0.5.
         precision: `fp32`, `fp16` or `bf16`; the checkpoint's by default, fp16 for bf16 ones.
         num_decoder_layers: Export only the first so many decoder layers.
+        chat_template: How the model was taught to read conversations: `vicuna_v1`, `llama_2`,
+            `mistral_instruct`, `chatml`, `plain`, `checkpoint` (its own template), or a file
+            with a jinja2 template; what the checkpoint says by default, and where it says
+            nothing, a guess with a warning.
         random_weights: `checkpoint` is a config.json: export its model with random weights.
         link: Hard-link weights where possible instead of copying them.
         progress: Show a progress bar on stderr.
@@ -133,7 +138,13 @@ def export(
         with stage("reading headers"):
             source = read(checkpoint, num_decoder_layers=num_decoder_layers)
     return export_checkpoint(
-        source, out, options, precision=precision, link=link, progress=progress
+        source,
+        out,
+        options,
+        precision=precision,
+        chat_template=chat_template,
+        link=link,
+        progress=progress,
     )
 
 
@@ -445,6 +456,7 @@ def train_predictors(
     out: StrPath,
     *,
     image_folder: StrPath | None = None,
+    allow_outside: bool = False,
     on_bad_record: Literal["stop", "skip"] = "stop",
     resume: bool = False,
     progress: bool = False,
@@ -457,6 +469,7 @@ def train_predictors(
         data: LLaVA's JSON of conversations about images.
         out: New or empty folder, or that of the run to resume.
         image_folder: What names of images start from; the folder of `data` by default.
+        allow_outside: Take images that lie outside that folder.
         on_bad_record: `stop` at the first record that cannot be used, or `skip` them.
         resume: Go on from the last training state in `out`.
         progress: Show progress bars on stderr.
@@ -482,6 +495,7 @@ def train_predictors(
         out,
         settings_from(TrainingSettings, settings),
         image_folder=image_folder,
+        allow_outside=allow_outside,
         on_bad_record=on_bad_record,
         resume=resume,
         progress=progress,

@@ -53,7 +53,8 @@ class Manifest:
         image_aspect_ratio: How pictures become square.
         has_visual: True where the bundle takes pictures.
         embedding: Reference for `weights.EmbeddingTable`, or None.
-        chat_template: `vicuna_v1`, `checkpoint`, or None without a tokenizer.
+        chat_template: A name of `families.chat_templates`, or `checkpoint`, the template beside
+            the tokenizer; None without a tokenizer.
         eos_token_ids: Ids that end an answer.
         tensors: Graph file → `inputs` and `outputs`, each with name, dtype and shape.
         passes: What each pass of each graph did.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,13 @@ from dllava_export.commands.options import (
     BackendCommand,
     backend_options,
     given_backend_options,
+    prompt_options,
     sampling_options,
+    single_image,
 )
 
 if TYPE_CHECKING:
     from dllava_export.runtime.chat import Chat
-    from dllava_export.runtime.session import Session
 
 __all__ = ["chat"]
 
@@ -30,7 +32,8 @@ _HELP = """\
 
 @click.command(cls=BackendCommand, epilog="dllava-export chat out --image cat.png")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--image", help="A picture for the first question.")
+@single_image(help="A picture for the first question.")
+@prompt_options
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),
@@ -40,7 +43,15 @@ _HELP = """\
 )
 @sampling_options
 @backend_options
-def chat(bundle: Path, image: str | None, backend: str, **settings: Any) -> None:
+def chat(
+    bundle: Path,
+    image: str | None,
+    system: str | None,
+    raw_prompt: bool,
+    allow_special: bool,
+    backend: str,
+    **settings: Any,
+) -> None:
     """Talk with BUNDLE about a picture: questions from the terminal, or one on each line of stdin.
 
     Every question builds on what was said before, whose keys and values stay in the cache,
@@ -52,10 +63,16 @@ def chat(bundle: Path, image: str | None, backend: str, **settings: Any) -> None
     with load(bundle, backend, **given_backend_options()) as session:
         if is_terminal:
             click.echo("Ask a question; /help lists commands.", err=True)
-        talk, picture = session.chat(), image
+
+        def start_anew() -> Chat:
+            return session.chat(
+                system=system, raw_prompt=raw_prompt, allow_special=allow_special
+            )
+
+        talk, picture = start_anew(), image
         while (line := _read_line(is_terminal)) is not None:
             if line.startswith("/"):
-                talk, picture, is_over = _obey(session, talk, picture, line)
+                talk, picture, is_over = _obey(start_anew, talk, picture, line)
                 if is_over:
                     return
             elif line:
@@ -76,16 +93,16 @@ def _read_line(is_terminal: bool) -> str | None:
 
 
 def _obey(
-    session: Session, talk: Chat, picture: str | None, line: str
+    start_anew: Callable[[], Chat], talk: Chat, picture: str | None, line: str
 ) -> tuple[Chat, str | None, bool]:
     """Return the conversation to go on with, its picture, and whether that was all."""
     command, _, rest = line.partition(" ")
     if command == "/quit":
         return talk, picture, True
     if command == "/new":
-        return session.chat(), None, False
+        return start_anew(), None, False
     if command == "/image" and rest.strip():
-        return session.chat(), rest.strip(), False
+        return start_anew(), rest.strip(), False
     if command != "/help":
         click.echo(f"There is no command {line!r}.", err=True)
     click.echo(_HELP, err=True)

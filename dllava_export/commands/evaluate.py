@@ -10,6 +10,7 @@ import click
 
 from dllava_export.commands.options import (
     BackendCommand,
+    allow_outside,
     backend_options,
     check_folder,
     given_backend_options,
@@ -34,6 +35,7 @@ __all__ = ["evaluate"]
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="What names of images in DATA start from.  [default: DATA's folder]",
 )
+@allow_outside
 @click.option(
     "--on-bad-record",
     type=click.Choice(["stop", "skip"]),

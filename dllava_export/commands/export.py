@@ -9,6 +9,7 @@ import click
 
 from dllava_export.commands.command import Command
 from dllava_export.commands.options import check_keep, sparsity_options
+from dllava_export.families.chat_templates import named_templates
 from dllava_export.precision import NUMBER_FORMATS
 
 __all__ = ["export"]
@@ -35,6 +36,12 @@ __all__ = ["export"]
     type=click.IntRange(min=1),
     help="Export only the first so many decoder layers, to try things out.",
 )
+@click.option(
+    "--chat-template",
+    metavar=f"{'|'.join(named_templates())}|FILE",
+    help="How the model was taught to read conversations, FILE a jinja2 template."
+    "  [default: what the checkpoint says, else a guess]",
+)
 @sparsity_options
 @click.pass_obj
 def export(
@@ -45,6 +52,7 @@ def export(
     random_weights: bool,
     precision: str | None,
     num_decoder_layers: int | None,
+    chat_template: str | None,
     **sparsity: Any,
 ) -> None:
     """Export CHECKPOINT (a folder or a hub id) to the bundle OUT.
@@ -62,6 +70,7 @@ def export(
         random_weights=random_weights,
         precision=precision,
         num_decoder_layers=num_decoder_layers,
+        chat_template=chat_template,
         progress=obj["progress"],
         **sparsity,
     )

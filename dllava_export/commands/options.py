@@ -18,13 +18,16 @@ from dllava_export.sparsity import DEFAULT_POLICY
 __all__ = [
     "RATE",
     "BackendCommand",
+    "allow_outside",
     "backend_choice",
     "backend_options",
     "check_folder",
     "check_keep",
     "given_backend_options",
     "parse_ids",
+    "prompt_options",
     "sampling_options",
+    "single_image",
     "sparsity_options",
 ]
 
@@ -146,6 +149,51 @@ def backend_options(function: Callable[..., None]) -> Callable[..., None]:
         show_default=True,
         help="What runs the bundle; the TensorRT ones run engines of `dllava-export build`.",
     )(function)
+
+
+def allow_outside(function: Callable[..., None]) -> Callable[..., None]:
+    """Option of commands that read pictures which a file names."""
+    return click.option(
+        "--allow-outside",
+        is_flag=True,
+        help="Take images that lie outside the image folder (absolute names, .., links).",
+    )(function)
+
+
+def single_image(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return an option `--image` that is given once: a second one would replace the first."""
+    return click.option("--image", multiple=True, callback=_one_image, **settings)
+
+
+def _one_image(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> str | None:
+    if len(value) > 1:
+        raise click.BadParameter(
+            f"{len(value)} pictures were given ({', '.join(value)}), expected one: several in "
+            "one prompt are not supported."
+        )
+    return value[0] if value else None
+
+
+def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Options that say how text becomes a prompt."""
+    options = [
+        click.option(
+            "--system", help="Text before the conversation.  [default: the template's]"
+        ),
+        click.option(
+            "--raw-prompt",
+            is_flag=True,
+            help="The prompt is whole, <image> in the image's place: no template around it.",
+        ),
+        click.option(
+            "--allow-special",
+            is_flag=True,
+            help="Control tokens in the prompt, such as </s>, are control tokens, not text.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 class BackendCommand(Command):

@@ -14,7 +14,9 @@ from dllava_export.commands.options import (
     backend_options,
     given_backend_options,
     parse_ids,
+    prompt_options,
     sampling_options,
+    single_image,
 )
 
 __all__ = ["run"]
@@ -24,13 +26,14 @@ __all__ = ["run"]
     cls=BackendCommand, epilog='dllava-export run out --image cat.png --prompt "What is this?"'
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--image", help="A picture, or none for a text-only prompt.")
+@single_image(help="A picture, or none for a text-only prompt.")
 @click.option("--prompt", help="The question; the chat template is put around it.")
 @click.option(
     "--input-ids",
     callback=parse_ids,
     help="Token ids instead of --prompt, -200 for the image: 1,-200,15,27.",
 )
+@prompt_options
 @click.option(
     "--mode",
     type=click.Choice(["cache", "recompute"]),

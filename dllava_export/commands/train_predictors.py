@@ -9,7 +9,7 @@ from typing import Any, Literal
 import click
 
 from dllava_export.commands.command import Command
-from dllava_export.commands.options import RATE
+from dllava_export.commands.options import RATE, allow_outside
 from dllava_export.precision import NUMBER_FORMATS
 
 __all__ = ["train_predictors"]
@@ -118,6 +118,7 @@ def _training_options(function: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="What names of images in DATA start from.  [default: DATA's folder]",
 )
+@allow_outside
 @click.option(
     "--on-bad-record",
     type=click.Choice(["stop", "skip"]),
@@ -134,6 +135,7 @@ def train_predictors(
     data: Path,
     out: Path,
     image_folder: Path | None,
+    allow_outside: bool,
     on_bad_record: Literal["stop", "skip"],
     resume: bool,
     **settings: Any,
@@ -151,6 +153,7 @@ def train_predictors(
         data,
         out,
         image_folder=image_folder,
+        allow_outside=allow_outside,
         on_bad_record=on_bad_record,
         resume=resume,
         progress=obj["progress"],

@@ -13,6 +13,7 @@ from dllava_export.commands.options import (
     backend_options,
     check_folder,
     given_backend_options,
+    single_image,
 )
 
 __all__ = ["validate"]
@@ -34,7 +35,7 @@ _TOLERANCE = click.FloatRange(min=0)
     help="What it is compared with; see above.",
 )
 @click.option("--checkpoint", help="Folder or hub id, for --against torch.")
-@click.option("--image", help="A picture for --prompt; none for a text-only prompt.")
+@single_image(help="A picture for --prompt; none for a text-only prompt.")
 @click.option("--prompt", help="The question.  [default: random pixels and tokens]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of random values.")
 @click.option(

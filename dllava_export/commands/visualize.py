@@ -12,6 +12,7 @@ from dllava_export.commands.options import (
     check_folder,
     given_backend_options,
     parse_ids,
+    single_image,
 )
 
 __all__ = ["visualize"]
@@ -22,7 +23,7 @@ __all__ = ["visualize"]
     epilog='dllava-export visualize out --image cat.png --prompt "What is this?" -o out.png',
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--image", help="A picture, or none for a text-only prompt.")
+@single_image(help="A picture, or none for a text-only prompt.")
 @click.option("--prompt", help="The question; the chat template is put around it.")
 @click.option(
     "--input-ids",

@@ -47,6 +47,7 @@ class InspectionReport:
         flops: The exact count, (dense, sparse).
         kv: KV cache groups, (dense, sparse).
         passes: The manifest's entries of the graph passes that made the bundle, in order.
+        chat_template: How conversations are written; None without a tokenizer.
     """
 
     geometry: Geometry
@@ -59,6 +60,7 @@ class InspectionReport:
     flops: tuple[ExactFlops, ExactFlops]
     kv: tuple[tuple[KVGroup, ...], tuple[KVGroup, ...]]
     passes: tuple[Mapping[str, Any], ...] = ()
+    chat_template: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as values that `json.dumps` takes. FLOPs and bytes are plain."""
@@ -82,6 +84,7 @@ class InspectionReport:
             "dense": side(0),
             "sparse": side(1),
             "passes": [dict(entry) for entry in self.passes],
+            "chat_template": self.chat_template,
         }
 
     def to_text(self) -> str:
@@ -95,6 +98,8 @@ class InspectionReport:
                 f"tokens, {self.output_len} generated tokens; one sample",
             ),
         ]
+        if self.chat_template is not None:
+            heading.append(("Prompts", f"chat template {self.chat_template}"))
         lines = [f"{name:<10}{value}" for name, value in heading]
         lines += ["", *aligned_lines(self._comparisons())]
         if self.passes:
@@ -235,7 +240,7 @@ def inspect_bundle(
     geometry = manifest.geometry
     if num_image_tokens is not None:
         geometry = dataclasses.replace(geometry, num_image_tokens=num_image_tokens)
-    return inspect_geometry(
+    report = inspect_geometry(
         geometry,
         manifest.sparsity,
         manifest.precision,
@@ -243,6 +248,7 @@ def inspect_bundle(
         output_len=output_len,
         passes=manifest.passes[DECODER],
     )
+    return dataclasses.replace(report, chat_template=manifest.chat_template)
 
 
 def _engineering(value: float) -> str:

@@ -29,7 +29,8 @@ from dllava_export.evaluation.report import Answer, BundleResult, EvaluationRepo
 from dllava_export.evaluation.settings import EvaluationSettings
 from dllava_export.families.config_file import read_json
 from dllava_export.families.config_kinds import PREPROCESSOR_KINDS
-from dllava_export.prompts.images import ImageProcessor, read_image
+from dllava_export.prompts.image_sources import read_image
+from dllava_export.prompts.images import ImageProcessor
 from dllava_export.prompts.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -183,7 +184,12 @@ def _usable_questions(
     processors = {r.image_processor for r in readers if r.image_processor is not None}
     decoded: set[Path] = set()
     folder = None if image_folder is None else Path(image_folder)
-    found = read_questions(data, folder, skipped=None if is_strict else skipped)
+    found = read_questions(
+        data,
+        folder,
+        allow_outside=settings.allow_outside,
+        skipped=None if is_strict else skipped,
+    )
     for question in tqdm(found, "checking questions", disable=not progress, leave=False):
         try:
             for reader in readers:

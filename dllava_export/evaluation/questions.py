@@ -21,6 +21,7 @@ from typing import Any
 from dllava_export.errors import DllavaExportError
 from dllava_export.json_text import parse_json
 from dllava_export.names import IMAGE_PLACEHOLDER
+from dllava_export.prompts.data_files import answer_text, read_data_file
 
 __all__ = [
     "REMEDY",
@@ -66,7 +67,11 @@ class Question:
 
 
 def read_questions(
-    path: Path, image_folder: Path | None = None, *, skipped: list[str] | None = None
+    path: Path,
+    image_folder: Path | None = None,
+    *,
+    allow_outside: bool = False,
+    skipped: list[str] | None = None,
 ) -> Iterator[Question]:
     """Yield the questions of a file.
 
@@ -74,6 +79,7 @@ def read_questions(
         path: LLaVA's JSON of conversations, or JSON objects with `text` and `answer`: one per
             line, or a list of them.
         image_folder: What names of images start from; the file's folder by default.
+        allow_outside: Take images outside that folder.
         skipped: Gets the reason of each bad record; by default the first one raises.
 
     Raises:
@@ -82,7 +88,8 @@ def read_questions(
     folder = path.parent if image_folder is None else image_folder
     for number, entry in enumerate(_read_entries(path)):
         try:
-            yield _parse_question(entry, f"{path.name}, record {number}", folder)
+            place = f"{path.name}, record {number}"
+            yield _parse_question(entry, place, folder, allow_outside)
         except EvaluationError as error:
             skip_or_raise(error, skipped)
 
@@ -98,8 +105,8 @@ def skip_or_raise(error: EvaluationError, skipped: list[str] | None) -> None:
 def _read_entries(path: Path) -> list[Any]:
     """Return the records of a JSON list, or of one JSON object per line."""
     try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_data_file(path)
+    except (OSError, ValueError) as error:
         raise EvaluationError(
             f"{path} cannot be read ({error}), expected questions in JSON. Check the path."
         ) from error
@@ -111,7 +118,8 @@ def _read_entries(path: Path) -> list[Any]:
                 f"{path} cannot be read as JSON ({error}), expected a list of records. Restore "
                 "the file."
             ) from error
-    return [_parse_line(line) for line in content.splitlines() if line.strip()]
+    # `splitlines` would part a line where a text in it holds U+2028 or U+0085.
+    return [_parse_line(line) for line in content.split("\n") if line.strip()]
 
 
 def _parse_line(line: str) -> Any:
@@ -122,7 +130,9 @@ def _parse_line(line: str) -> Any:
         return error
 
 
-def _parse_question(entry: Any, place: str, image_folder: Path) -> Question:
+def _parse_question(
+    entry: Any, place: str, image_folder: Path, allow_outside: bool
+) -> Question:
     """Read a record by the rules of the training data, with its first question only."""
     from dllava_export.training.data import parse_record
     from dllava_export.training.settings import BadRecordError
@@ -143,7 +153,9 @@ def _parse_question(entry: Any, place: str, image_folder: Path) -> Question:
     else:
         entry = _as_conversation(entry, place)
     try:
-        record = parse_record(entry, place, image_folder, needs_image=False)
+        record = parse_record(
+            entry, place, image_folder, needs_image=False, allow_outside=allow_outside
+        )
     except BadRecordError as error:
         raise EvaluationError(str(error)) from error
     question_type = next((entry[key] for key in _TYPE_KEYS if key in entry), _DEFAULT_TYPE)
@@ -160,7 +172,7 @@ def _as_conversation(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Bring a line of a question file into the form of a conversation."""
     name = f"{place} (id {entry['question_id']!r})" if "question_id" in entry else place
     for key, what in (("text", "question"), ("answer", "answer")):
-        value = entry.get(key)
+        value = answer_text(entry.get(key)) if key == "answer" else entry.get(key)
         if not isinstance(value, str) or not value.strip():
             found = f"has no {key!r}" if key not in entry else f"has the {key} {value!r}"
             raise EvaluationError(f"{name} {found}, expected the {what} as text. {REMEDY}")

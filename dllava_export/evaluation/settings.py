@@ -24,6 +24,7 @@ class EvaluationSettings:
         mode: `cache`, or `recompute` for a pass without KV cache per token.
         limit: Ask only the first so many usable questions; None for all.
         on_bad_record: `stop` at the first bad record, or `skip` them.
+        allow_outside: Take images that lie outside the image folder.
     """
 
     batch_size: int = 8
@@ -31,6 +32,7 @@ class EvaluationSettings:
     mode: str = "cache"
     limit: int | None = None
     on_bad_record: OnBadRecord = "stop"
+    allow_outside: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "limit"):

@@ -18,10 +18,20 @@ from dllava_export.bundles.files import (
     tool_versions,
 )
 from dllava_export.bundles.manifest import Manifest, write_manifest
+from dllava_export.errors import BundleError
 from dllava_export.exporting.options import SparsityOptions, complete_sparsity
 from dllava_export.exporting.report import ExportReport
 from dllava_export.exporting.transform import transform_decoder
-from dllava_export.families.family import ChatTemplate
+from dllava_export.families.chat_templates import (
+    CHECKPOINT_TEMPLATE,
+    TEMPLATE_FILE,
+    Conversation,
+    JinjaTemplate,
+    TemplateChoice,
+    choose_template,
+    find_template,
+)
+from dllava_export.families.special_token_ids import contradictions, end_ids, stated_ids
 from dllava_export.precision import BF16, FP16, Precision
 from dllava_export.reporting import resources
 from dllava_export.reporting.output_files import new_folder
@@ -68,6 +78,7 @@ def export_checkpoint(
     options: SparsityOptions | None = None,
     *,
     precision: str | None = None,
+    chat_template: str | None = None,
     link: bool = True,
     progress: bool = False,
 ) -> ExportReport:
@@ -79,6 +90,8 @@ def export_checkpoint(
         options: Sparsification; by default as trained.
         precision: `fp32`, `fp16` or `bf16`; by default the checkpoint's, with fp16 in place of
             bf16, which ONNX Runtime does not run on a CPU.
+        chat_template: How conversations are written: a name of `families.chat_templates`,
+            `checkpoint`, or a file with a jinja2 template; what the checkpoint says by default.
         link: Hard-link weights where possible instead of copying them.
         progress: Show a progress bar on stderr.
 
@@ -96,6 +109,13 @@ def export_checkpoint(
         options or SparsityOptions(),
         checkpoint,
         num_layers=spec.num_layers,
+    )
+    template = choose_template(
+        chat_template,
+        spec.chat_template,
+        checkpoint.config,
+        checkpoint.path,
+        is_known=checkpoint.has_predictors,
     )
     stored = checkpoint.weight_format
     chosen = Precision.of(precision or (FP16 if stored == BF16 else stored).name)
@@ -135,7 +155,7 @@ def export_checkpoint(
             save_models(llm, models)
             save_models(visual, {layout.VISUAL: visual_model})
         _write_json(visual / "preprocessor_config.json", checkpoint.preprocessor)
-        template, eos, warnings = _copy_tokenizer(checkpoint, llm)
+        eos, warnings = _copy_tokenizer(checkpoint, llm, template)
         manifest = Manifest(
             family=checkpoint.family.name,
             layout=spec.layout,
@@ -147,7 +167,7 @@ def export_checkpoint(
             image_aspect_ratio=spec.image_aspect_ratio,
             has_visual=True,
             embedding=embedding,
-            chat_template=template,
+            chat_template=template.name if checkpoint.has_tokenizer else None,
             eos_token_ids=eos,
             tensors={
                 **describe_tensors(layout.LLM_FOLDER, models),
@@ -200,23 +220,39 @@ def predictor_weights(
 
 
 def _copy_tokenizer(
-    checkpoint: Checkpoint, llm: Path
-) -> tuple[ChatTemplate | None, tuple[int, ...], list[str]]:
-    """Copy tokenizer and configuration; return (template, end-of-sequence ids, warnings)."""
-    config = checkpoint.config
-    _write_json(llm / "config.json", config)
+    checkpoint: Checkpoint, llm: Path, template: TemplateChoice
+) -> tuple[tuple[int, ...], list[str]]:
+    """Copy tokenizer, template and configuration; return (end-of-sequence ids, warnings)."""
+    _write_json(llm / "config.json", checkpoint.config)
     generation = checkpoint.path / "generation_config.json"
     for path in (*checkpoint.tokenizer_files, *([generation] if generation.is_file() else [])):
         shutil.copyfile(path, llm / path.name)
-    eos = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id", 2))
-    ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),))
+    if template.source is not None:
+        (llm / TEMPLATE_FILE).write_text(template.source, encoding="utf-8")
+    stated = stated_ids(llm)
+    warnings = contradictions(stated, checkpoint.spec.geometry.vocab_size)
     if not checkpoint.has_tokenizer:
-        warning = (
+        warnings = [
             f"{checkpoint.path} has no tokenizer: the bundle takes and returns token ids "
             "(`run --input-ids`)."
-        )
-        return None, ids, [warning]
-    return checkpoint.spec.chat_template, ids, []
+        ]
+    else:
+        warnings += [w for w in (template.warning, _template_failure(llm, template)) if w]
+    # LLaMA's, where no file says it.
+    return end_ids(stated) or (2,), warnings
+
+
+def _template_failure(llm: Path, template: TemplateChoice) -> str | None:
+    """Return what is wrong with a template of jinja2, or None."""
+    source = find_template(llm) if template.name == CHECKPOINT_TEMPLATE else None
+    if source is None:
+        return None
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    try:
+        JinjaTemplate(source, str(llm), tokens).render(Conversation(["?"], image="before"))
+    except BundleError as error:
+        return str(error)
+    return None
 
 
 def _write_json(path: Path, values: object) -> None:

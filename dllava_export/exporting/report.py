@@ -55,6 +55,8 @@ class ExportReport:
                 f"  sparsity  {sparsity.policy_text}, from layer {sparsity.sparse_layer} on: "
                 f"{_kept_image_tokens(sparsity, geometry)} image tokens, {text}"
             )
+        if self.manifest.chat_template is not None:
+            lines.append(f"  prompts   chat template {self.manifest.chat_template}")
         names = [layout.DECODER, layout.RECOMPUTE]
         visual = (
             f", {layout.VISUAL_FOLDER}/{layout.VISUAL}" if self.manifest.has_visual else ""

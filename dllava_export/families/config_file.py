@@ -6,7 +6,9 @@ null is never refused here; whoever needs it says so.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ __all__ = [
     "LFS_REMEDY",
     "check_kinds",
     "check_sizes",
+    "quiet_transformers",
     "read_json",
     "transformers_config",
 ]
@@ -177,7 +180,8 @@ def transformers_config(cls: type[Config], name: str, values: Mapping[str, Any])
         CheckpointError: If the class refuses the values.
     """
     try:
-        return cls(**values)
+        with quiet_transformers():
+            return cls(**values)
     # What a class of transformers raises for values it cannot use differs with its version.
     except Exception as error:
         reason = " ".join(str(error).split())
@@ -209,3 +213,23 @@ def check_sizes(name: str, config: object, keys: tuple[str, ...]) -> None:
             raise CheckpointError(
                 f"{name} has {key} {value}, expected at most {limit}. Restore config.json."
             )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from warning: what matters is an error or a warning of ours."""
+    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # asked when transformers is imported
+    before = os.environ.get(advice)
+    os.environ[advice] = "1"
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if before is None:
+            del os.environ[advice]
+        else:
+            os.environ[advice] = before

@@ -18,7 +18,7 @@ import abc
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dllava_export.families.config_kinds import Kinds
 from dllava_export.families.positions import PositionRule, SequentialPositions
@@ -42,8 +42,8 @@ __all__ = [
 Layout = str
 """How a checkpoint is laid out on disk: a word of its family's, for people and manifests."""
 
-ChatTemplate = Literal["vicuna_v1", "checkpoint"]
-"""`vicuna_v1`, which LLaVA's tokenizers lack, or the template beside the tokenizer."""
+ChatTemplate = str
+"""A name of `chat_templates`, or `checkpoint`, the template beside the tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ class ModelSpec(abc.ABC):
             where the vocabulary has no image token.
         image_aspect_ratio: `pad` (to a square, before resizing) or `square` (resize the short
             side and crop the centre).
-        chat_template: How a conversation is written.
+        chat_template: How a conversation is written, where the checkpoint does not say it.
     """
 
     layout: Layout

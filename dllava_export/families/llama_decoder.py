@@ -76,6 +76,9 @@ def llama_config(
     """
     check_kinds(values, LLAMA_KINDS, "The text configuration")
     known = {key: values[key] for key in LLAMA_KEYS if key in values}
+    pad, vocab_size = known.get("pad_token_id"), known.get("vocab_size")
+    if type(pad) is int and type(vocab_size) is int and not 0 <= pad < vocab_size:
+        del known["pad_token_id"]  # a row that only padding would need, which is not fed
     result = transformers_config(LlamaConfig, "text configuration", known)
     sizes = (*REQUIRED_LLAMA_KEYS, "head_dim", "max_position_embeddings")
     check_sizes("The text configuration", result, sizes)

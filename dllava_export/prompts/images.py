@@ -3,113 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pathlib
-import struct
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dllava_export.errors import InvalidInputError, UnsupportedModelError
+from dllava_export.prompts.image_sources import ImageSource, read_image
+from dllava_export.prompts.placeholders import check_image_list
 
-__all__ = ["ImageProcessor", "ImageSource", "read_image"]
-
-ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
+__all__ = ["ImageProcessor"]
 
 _ASPECT_RATIOS = ("pad", "square", "crop")
 _MAX_EDGE = 1 << 13
 _MIN_SCALE = 1e-6  # of a factor or a standard deviation; its inverse is the largest
 _MAX_ASPECT = 200  # a 1 x 5000 strip would be resized to 336 x 1,680,000 before it is cropped
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read one image file as upright RGB.
-
-    The EXIF orientation is applied. Transparent pixels are blended over white. 16-bit grey is
-    brought to 8 bits by its high byte. Of an animation the first frame is taken.
-
-    Args:
-        path: A file of any format that Pillow reads.
-
-    Returns:
-        An image of mode `RGB`.
-
-    Raises:
-        InvalidInputError: If the file is missing, empty, truncated or not an image.
-    """
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise InvalidInputError(
-            f"Image file {path} does not exist; expected an image such as PNG or JPEG. "
-            "Check the path."
-        )
-    if not path.is_file():
-        raise InvalidInputError(
-            f"{path} is not a file; expected an image such as PNG or JPEG. Pass an image file."
-        )
-    if path.stat().st_size == 0:
-        raise InvalidInputError(
-            f"Image file {path} has 0 bytes; expected an image such as PNG or JPEG. "
-            "Copy or download the file again."
-        )
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), f"Image file {path}")
-    except _DECODE_ERRORS as error:
-        raise InvalidInputError(
-            f"Image file {path} ({path.stat().st_size} bytes) cannot be decoded: {error}. "
-            "Expected a complete image such as PNG or JPEG. "
-            "Open it in an image viewer, or copy it again."
-        ) from error
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image, name)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_8_bit(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    # A mode of 32 bits says nothing of the range. NaN fails these comparisons too.
-    if image.mode == "F" or not (low >= 0 and high <= 65535):
-        raise InvalidInputError(
-            f"{name} has mode {image.mode!r} with values {low} to {high}; expected 8 or 16 "
-            "bits per channel. Convert it to an 8-bit PNG first."
-        )
-    if image.mode.startswith("I;16") or high > 255:
-        values = values.astype(np.uint16) >> 8
-    return Image.fromarray(values.astype(np.uint8))
-
-
-def _image_from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise InvalidInputError(
-            f"Image array has shape {list(array.shape)} and dtype {array.dtype}; expected "
-            "[height, width, 3] and uint8. Convert it, with channels last and values 0 to 255."
-        )
-    return Image.fromarray(np.ascontiguousarray(array))
+_MAX_PADDED_EDGE = 13_377  # of a padded square: 512 MiB
 
 
 def _edge_lengths(name: str, value: Any) -> tuple[int, int | None]:
@@ -216,7 +126,8 @@ class ImageProcessor:
         """Return the pixel values of `images`.
 
         Args:
-            images: Each a path, a PIL image, or an array [height, width, 3], uint8.
+            images: Each what `read_image` takes: a path, bytes, an open file, a PIL image, an
+                array [height, width, 3], uint8, and others.
 
         Returns:
             [batch, 3, size, size], float32. Normalised RGB; batch is 0 for an empty list.
@@ -224,18 +135,14 @@ class ImageProcessor:
         Raises:
             InvalidInputError: If an image cannot be read or is of a shape that makes no sense.
         """
+        check_image_list(images)
         pixel_values = np.empty((len(images), 3, self.size, self.size), np.float32)
         for row, source in zip(pixel_values, images, strict=True):
             row[:] = self._process(source)
         return pixel_values
 
     def _process(self, source: ImageSource) -> np.ndarray:
-        if isinstance(source, np.ndarray):
-            image = _image_from_array(source)
-        elif isinstance(source, Image.Image):
-            image = _to_rgb(ImageOps.exif_transpose(source), "Image")
-        else:
-            image = read_image(source)
+        image = read_image(source)
         if self.pad_to_square:
             image = self._padded(image)
         image = self._cropped(self._resized(image))
@@ -249,6 +156,11 @@ class ImageProcessor:
         if width == height:
             return image
         edge = max(width, height)
+        if edge > _MAX_PADDED_EDGE:
+            raise InvalidInputError(
+                f"Image is {width} x {height} pixels and is padded to a square; expected a "
+                f"longer edge of at most {_MAX_PADDED_EDGE} pixels. Make it smaller, or crop it."
+            )
         colour = tuple(int(255 * mean) for mean in self.mean)
         square = Image.new("RGB", (edge, edge), colour)
         square.paste(image, ((edge - width) // 2, (edge - height) // 2))

@@ -9,7 +9,7 @@ import numpy as np
 from dllava_export.errors import InvalidInputError
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 
-__all__ = ["check_prompt", "normalise_placeholders", "shortened"]
+__all__ = ["check_image_list", "check_prompt", "normalise_placeholders", "shortened"]
 
 
 def normalise_placeholders(
@@ -38,6 +38,22 @@ def normalise_placeholders(
         if end - start == num_image_tokens:
             keep[start + 1 : end] = False
     return ids[keep]
+
+
+def check_image_list(images: object) -> None:
+    """Refuse one picture where a list of them is expected.
+
+    Raises:
+        InvalidInputError: If `images` is neither a list, nor an array of pictures, nor None.
+    """
+    is_batch = isinstance(images, np.ndarray) and images.ndim == 4
+    is_list = isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray)
+    if images is not None and not is_list and not is_batch:
+        raise InvalidInputError(
+            f"images is one {type(images).__name__} ({shortened(repr(images))}), expected a "
+            "list with a picture, or None, for each prompt. Pass images=[picture], or "
+            "image=picture with a single prompt."
+        )
 
 
 def check_prompt(
@@ -103,6 +119,6 @@ def _check_sample(sample: int, ids: np.ndarray, has_image: bool, vocab_size: int
 
 
 def shortened(value: object) -> str:
-    """Return a value as text for a message, cut where it is long."""
-    text = str(value)
+    """Return a value as a text of at most 60 characters, for messages."""
+    text = " ".join(str(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import logging
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from dllava_export.errors import BundleError, InvalidInputError, SettingError
-from dllava_export.families.config_file import read_json
-from dllava_export.families.config_kinds import GENERATION_KINDS, TOKENIZER_KINDS
-from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
-from dllava_export.prompts.placeholders import shortened
-
-__all__ = ["ChatTokenizer", "StreamDecoder"]
-
-
-# Source: LLaVA, llava/conversation.py, `conv_vicuna_v1`.
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+from dllava_export.families.chat_templates import (
+    CHECKPOINT_TEMPLATE,
+    TEMPLATES,
+    Conversation,
+    JinjaTemplate,
+    NamedTemplate,
+    Place,
+    find_template,
+    named_templates,
 )
-_VICUNA_END_OF_ANSWER = "</s>"
-_TEMPLATES = ("vicuna_v1", "checkpoint")
-# Stands for an answer, to find where a template goes on after one. A private-use character
-# is in no template and no chat.
-_ANSWER_MARK = "\ue000"
+from dllava_export.families.config_file import quiet_transformers, read_json
+from dllava_export.families.config_kinds import TOKENIZER_KINDS
+from dllava_export.families.special_token_ids import end_ids, stated_ids
+from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
+from dllava_export.prompts.control_tokens import ControlTokens
+from dllava_export.prompts.placeholders import shortened
+from dllava_export.prompts.prompt_text import checked_text
+
+__all__ = ["ChatTokenizer", "RenderedPrompt", "StreamDecoder"]
+
+logger = logging.getLogger(__name__)
+
+_NAMED = {template.name: template for template in TEMPLATES}
 _INCOMPLETE = "\ufffd"
+_VICUNA_ROLES = re.compile(r"\bUSER:.*\bASSISTANT:", re.DOTALL)
+# Stand for an answer before a further question: some form no token with what follows them.
+_NEUTRAL_ANSWERS = ("x", "?", "1", ")")
 
 Turns = Sequence[tuple[str, str]]
+
+
+class RenderedPrompt(str):
+    """A conversation as text, which `encode` can tell from what users wrote in it.
+
+    Attributes:
+        marked: The text with control tokens that users typed marked as such.
+    """
+
+    marked: str
+
+    def __new__(cls, text: str, marked: str) -> RenderedPrompt:
+        """Return both forms of a text as one value."""
+        self = super().__new__(cls, text)
+        self.marked = marked
+        return self
 
 
 class ChatTokenizer:
@@ -44,22 +70,24 @@ class ChatTokenizer:
         self,
         tokenizer: Any,
         *,
-        template: str,
+        template: NamedTemplate | JinjaTemplate,
         image_token_id: int,
         adds_bos: bool,
         eos_token_ids: tuple[int, ...],
         folder: pathlib.Path,
     ) -> None:
-        if template not in _TEMPLATES:
-            raise SettingError(
-                f"template must be one of {', '.join(_TEMPLATES)}, got {template!r}."
-            )
         self._tokenizer = tokenizer
         self._template = template
         self._image_token_id = image_token_id
         self._bos_id = tokenizer.bos_token_id if adds_bos else None
         self._eos_token_ids = eos_token_ids
         self._folder = folder
+        self._controls = ControlTokens(
+            tokenizer.backend_tokenizer,
+            {*tokenizer.all_special_ids, *eos_token_ids, image_token_id},
+        )
+        has_image_token = tokenizer.get_vocab().get(IMAGE_PLACEHOLDER) == image_token_id
+        self._is_whole = has_image_token and isinstance(template, JinjaTemplate)
 
     @classmethod
     def from_folder(
@@ -77,31 +105,32 @@ class ChatTokenizer:
 
         Args:
             folder: Holds `tokenizer.json` or `tokenizer.model`.
-            template: `vicuna_v1` (original LLaVA and Dynamic-LLaVA) or `checkpoint`, the chat
-                template in the folder (llava-hf).
+            template: `vicuna_v1` (original LLaVA and Dynamic-LLaVA), another one of
+                `families.chat_templates`, or `checkpoint`, the chat template in the folder.
             image_token_id: The id the checkpoint's config gives the image token: -200, or one
                 of the vocabulary.
 
         Raises:
             BundleError: If no tokenizer can be read, or `checkpoint` is asked for and the
                 folder has no chat template.
+            SettingError: If there is no such template.
         """
         folder = pathlib.Path(folder)
+        if template not in (*named_templates(), CHECKPOINT_TEMPLATE):
+            raise SettingError(
+                f"template must be one of {', '.join(named_templates())}, "
+                f"{CHECKPOINT_TEMPLATE}, got {template!r}."
+            )
         config = _settings(folder / "tokenizer_config.json")
         tokenizer, adds_bos = _load_tokenizer(folder, config)
-        if template == "checkpoint" and tokenizer.chat_template is None:
-            tokenizer.chat_template = _settings(folder / "chat_template.json").get(
-                "chat_template"
-            )
-            if tokenizer.chat_template is None:
-                raise BundleError(
-                    f"Folder {folder} has no chat template: expected chat_template.jinja, "
-                    "chat_template.json, or 'chat_template' in tokenizer_config.json. "
-                    "Copy it from the checkpoint, or use the template vicuna_v1."
-                )
+        chosen: NamedTemplate | JinjaTemplate
+        if template == CHECKPOINT_TEMPLATE:
+            chosen = _jinja_template(folder, tokenizer)
+        else:
+            chosen = _NAMED[template]
         return cls(
             tokenizer,
-            template=template,
+            template=chosen,
             image_token_id=image_token_id,
             adds_bos=adds_bos,
             eos_token_ids=_eos_token_ids(folder, tokenizer),
@@ -127,45 +156,77 @@ class ChatTokenizer:
             token for token in (*found, *self._eos_token_ids) if token is not None
         )
 
-    def render(self, prompt: str, *, with_image: bool, history: Turns = ()) -> str:
+    def render(
+        self,
+        prompt: str,
+        *,
+        with_image: bool,
+        history: Turns = (),
+        system: str | None = None,
+        raw: bool = False,
+        allow_special: bool = False,
+    ) -> RenderedPrompt:
         """Return the whole conversation as the model was trained to read it.
 
         Args:
-            prompt: The user's question, without an image placeholder.
+            prompt: The user's question. Where it is the first one and there is an image, an
+                `<image>` at its start or end says where the image stands; elsewhere `<image>`
+                is text.
             with_image: Whether the conversation is about an image. Its placeholder stands
-                before the first question.
+                before the first question by default.
             history: Earlier (question, answer) pairs, oldest first.
+            system: What stands before everything; None for the template's own.
+            raw: `prompt` is a whole conversation already, `<image>` in the image's place; no
+                template is put around it.
+            allow_special: Control tokens in questions, answers and system text (`</s>`) are
+                control tokens; by default they are text.
 
         Raises:
-            InvalidInputError: If a question or answer holds the image placeholder.
+            InvalidInputError: If a text is none, or `<image>` stands in it several times where
+                the image's place is.
             BundleError: If the checkpoint's chat template fails, or leaves the image out.
         """
-        for text in (prompt, *(text for turn in history for text in turn)):
-            if IMAGE_PLACEHOLDER in text:
-                raise InvalidInputError(
-                    f"Prompt {shortened(text)!r} contains {IMAGE_PLACEHOLDER!r}; expected "
-                    "plain text, since the placeholder is added for the image. Remove it."
-                )
-        if self._template == "vicuna_v1":
-            return _render_vicuna(prompt, history, 0 if with_image else None)
-        return self._render_checkpoint(prompt, with_image, history)
+        if raw:
+            marked = self._raw(prompt, with_image, history, system, allow_special)
+            return RenderedPrompt(self._controls.unmarked(marked), marked)
+        first, *others = [
+            checked_text(q, "A question") for q in (*(t[0] for t in history), prompt)
+        ]
+        first, image = _image_place(first, with_image)
+        self._warn_of_roles(prompt)
+        if system is not None:
+            system = self._marked(checked_text(system, "The system text"), allow_special)
+        conversation = Conversation(
+            [self._marked(question, allow_special) for question in (first, *others)],
+            [self._marked(checked_text(t[1], "An answer"), allow_special) for t in history],
+            image,
+            system=system,
+        )
+        marked = self._template.render(conversation)
+        return RenderedPrompt(self._controls.unmarked(marked), marked)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids of a rendered conversation.
 
-        With `vicuna_v1` the pieces around `<image>` are tokenised one by one and joined with
-        -200, so that each piece starts as a text of its own (LLaVA's `tokenizer_image_token`).
-        With `checkpoint` the text is tokenised as a whole, where the tokenizer has an image
-        token, and that token's id becomes -200: what the checkpoint's own processor does.
-        One BOS stands at the start, if the tokenizer adds one at all.
+        With a template that is known by name the pieces around `<image>` are tokenised one by
+        one and joined with -200, so that each piece starts as a text of its own (LLaVA's
+        `tokenizer_image_token`). With `checkpoint` the text is tokenised as a whole, where the
+        tokenizer has an image token, and that token's id becomes -200: what the checkpoint's
+        own processor does. One BOS stands at the start, if the tokenizer adds one at all.
 
         Args:
-            text: What `render` returns.
+            text: What `render` returns: control tokens that a user typed in it are text. In
+                any other string they are control tokens.
 
         Returns:
             [seq_len], int64. Token ids, and -200 for each `<image>`.
+
+        Raises:
+            InvalidInputError: If it is no text, or the tokenizer makes a control token of what a
+                user typed.
         """
-        ids = self._ids(text)
+        marked = text.marked if isinstance(text, RenderedPrompt) else text
+        ids = self._ids(checked_text(marked, "A text"))
         if self._bos_id is not None and ids[:1] != [self._bos_id]:
             ids = [self._bos_id, *ids]
         return np.array(ids, np.int64)
@@ -184,24 +245,33 @@ class ChatTokenizer:
             [seq_len], int64: token ids as `encode` returns them.
             [seq_len], bool: true where an answer or the `</s>` after it stands.
         """
+        template = _NAMED["vicuna_v1"]
+        asked = [self._marked(question, False) for question, _ in turns]
+        answers = [self._marked(answer, False) for _, answer in turns]
+        place: Place | None = None if image_turn is None else "before"
         text = ""
         spans = []
-        for number, (question, answer) in enumerate(turns):
-            asked = _render_vicuna(question, turns[:number], image_turn)
-            text = f"{asked} {answer}{_VICUNA_END_OF_ANSWER}"
-            spans.append((asked, text))
-        ids = self.encode(text)
+        for number, answer in enumerate(answers):
+            known = Conversation(
+                asked[: number + 1], answers[:number], place, image_turn=image_turn or 0
+            )
+            prompt = template.render(known)
+            text = f"{prompt} {answer}</s>"
+            spans.append((prompt, text))
+        ids = self._with_bos(text)
         is_answer = np.zeros(len(ids), bool)
-        for asked, answered in spans:
+        for prompt, answered in spans:
             # Tokens up to the first that the text behind it changes: those the model is fed.
             start, end = (
-                _num_shared(self.encode(part) if part != text else ids, ids)
-                for part in (asked, answered)
+                _num_shared(self._with_bos(part) if part != text else ids, ids)
+                for part in (prompt, answered)
             )
             is_answer[start:end] = True
         return ids, is_answer
 
-    def encode_follow_up(self, prompt: str) -> np.ndarray:
+    def encode_follow_up(
+        self, prompt: str, *, raw: bool = False, allow_special: bool = False
+    ) -> np.ndarray:
         """Return the ids to feed on top of a KV cache for a further question.
 
         They stand for everything the template puts after an answer: with `vicuna_v1` the
@@ -210,25 +280,35 @@ class ChatTokenizer:
         that were sampled but not fed (the last one, where generation stopped by length) are
         the caller's to put in front.
 
+        They are the ids of the whole conversation behind the answer's, wherever the answer's
+        last characters form no token with what follows: those have been fed already.
+
         Args:
-            prompt: The user's question, without an image placeholder.
+            prompt: The user's question.
+            raw: It is all that is fed; no template is put around it.
+            allow_special: See `render`.
 
         Returns:
             [seq_len], int64. Token ids.
 
         Raises:
-            InvalidInputError: If the question holds the image placeholder.
+            InvalidInputError: If the question is no text.
             BundleError: If the checkpoint's chat template fails, or leaves the answer out.
         """
-        # The first round is about an image: a template may refuse a conversation without one.
-        text = self.render(prompt, with_image=True, history=[("?", _ANSWER_MARK)])
-        _, mark, follow_up = text.rpartition(_ANSWER_MARK)
-        if not mark:
-            raise BundleError(
-                f"The chat template in {self._folder} leaves out earlier answers; expected "
-                "them in the text. Start a new conversation for each question."
-            )
-        return np.array(self._ids(follow_up), np.int64)
+        if raw:
+            before = ""
+            follow_up = self._raw(prompt, False, (), None, allow_special)
+        else:
+            before, follow_up = self._around_answer(prompt, allow_special)
+        found = []
+        for answer in _NEUTRAL_ANSWERS:
+            answered = self._ids(before + answer)
+            whole = self._ids(before + answer + follow_up)
+            if whole[: len(answered)] == answered:
+                found.append(whole[len(answered) :])
+        # An answer that makes a word with what follows it leaves less.
+        ids = max(found, key=len) if found else self._ids(follow_up)
+        return np.array(ids, np.int64)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of token ids, without special tokens and placeholders."""
@@ -243,52 +323,91 @@ class ChatTokenizer:
             token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def _ids(self, text: str) -> list[int]:
-        if self._template == "checkpoint" and self._has_image_token:
+    def _with_bos(self, marked: str) -> np.ndarray:
+        return self.encode(RenderedPrompt(marked, marked))
+
+    def _ids(self, marked: str) -> list[int]:
+        if self._is_whole:
             image_id = self._image_token_id
             return [
                 IMAGE_PLACEHOLDER_ID if token == image_id else token
-                for token in self._text_ids(text)
+                for token in self._controls.ids(marked)
             ]
-        first, *others = text.split(IMAGE_PLACEHOLDER)
-        ids = self._text_ids(first)
+        first, *others = marked.split(IMAGE_PLACEHOLDER)
+        ids = self._controls.ids(first)
         for piece in others:
-            ids += [IMAGE_PLACEHOLDER_ID, *self._text_ids(piece)]
+            ids += [IMAGE_PLACEHOLDER_ID, *self._controls.ids(piece)]
         return ids
 
-    def _text_ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _marked(self, text: str, allow_special: bool) -> str:
+        return self._controls.marked(text, allow_special=allow_special)
 
-    @property
-    def _has_image_token(self) -> bool:
-        return self._tokenizer.get_vocab().get(IMAGE_PLACEHOLDER) == self._image_token_id
+    def _raw(
+        self,
+        prompt: str,
+        with_image: bool,
+        history: Turns,
+        system: str | None,
+        allow_special: bool,
+    ) -> str:
+        """Return a whole conversation that the user wrote, marked."""
+        prompt = checked_text(prompt, "A raw prompt")
+        if history or system is not None:
+            raise InvalidInputError(
+                "A raw prompt was given with a system text or earlier turns, expected it to "
+                "hold the whole conversation. Write them into the prompt."
+            )
+        typed = None if allow_special else self._controls.typed_in(prompt)
+        if typed is not None:
+            logger.warning(
+                "the raw prompt holds %r, which is encoded as text: pass allow_special=True "
+                "(--allow-special) for the control token",
+                typed,
+            )
+        if not with_image:
+            return self._marked(prompt, allow_special)
+        pieces = prompt.split(IMAGE_PLACEHOLDER)
+        if len(pieces) != 2:
+            raise InvalidInputError(
+                f"The raw prompt {shortened(repr(prompt))} holds {len(pieces) - 1} times "
+                f"{IMAGE_PLACEHOLDER!r}, expected it once, where the image belongs."
+            )
+        return IMAGE_PLACEHOLDER.join(self._marked(piece, allow_special) for piece in pieces)
 
-    def _render_checkpoint(self, prompt: str, with_image: bool, history: Turns) -> str:
-        import jinja2
+    def _around_answer(self, prompt: str, allow_special: bool) -> tuple[str, str]:
+        """Return what a template writes before an answer, and after it with a question."""
+        question = self._marked(checked_text(prompt, "A question"), allow_special)
+        self._warn_of_roles(prompt)
+        mark = self._controls.answer_mark
+        # The first round is about an image: a template may refuse a conversation without one.
+        text = self._template.render(Conversation(["?", question], [mark], "before"))
+        before, found, after = text.rpartition(mark)
+        if not found:
+            raise BundleError(
+                f"The chat template in {self._folder} leaves out earlier answers; expected "
+                "them in the text. Start a new conversation for each question."
+            )
+        return before, after
 
-        messages: list[dict[str, Any]] = []
-        for question, answer in history:
-            messages += [_message("user", question), _message("assistant", answer)]
-        messages.append(_message("user", prompt))
-        if with_image:
-            messages[0]["content"].insert(0, {"type": "image"})
+    @functools.cached_property
+    def _answer_role(self) -> str:
+        """What the template writes between a question and its answer."""
+        mark = self._controls.answer_mark
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+            alone = self._template.render(Conversation([mark], image="before"))
+        except BundleError:  # of no use here, and its own conversation may be all right
+            return ""
+        return alone.rpartition(mark)[2].strip()
+
+    def _warn_of_roles(self, prompt: str) -> None:
+        """Say so where a question is a conversation already."""
+        role = self._answer_role
+        if _VICUNA_ROLES.search(prompt) or (role and role in prompt):
+            logger.warning(
+                "the prompt %s holds a chat template's roles, and is put into the template "
+                "again: pass raw_prompt=True (--raw-prompt) for a prompt that is whole",
+                shortened(repr(prompt)),
             )
-        except jinja2.TemplateError as error:
-            raise BundleError(
-                f"The chat template in {self._folder} cannot be applied: {error}. Expected "
-                "one for messages with lists of text and images. Use the template vicuna_v1, "
-                "or copy the template from the checkpoint again."
-            ) from error
-        if text.count(IMAGE_PLACEHOLDER) != int(with_image):
-            raise BundleError(
-                f"The chat template in {self._folder} writes {text.count(IMAGE_PLACEHOLDER)} "
-                f"times {IMAGE_PLACEHOLDER!r}, expected {int(with_image)}. Use the template "
-                "vicuna_v1, or copy the template from the checkpoint again."
-            )
-        return text
 
 
 class StreamDecoder:
@@ -333,14 +452,31 @@ class StreamDecoder:
             self._num_given = len(self._window)
 
 
-def _render_vicuna(prompt: str, history: Turns, image_turn: int | None) -> str:
-    questions = [*(question for question, _ in history), prompt]
-    if image_turn is not None and image_turn < len(questions):
-        questions[image_turn] = f"{IMAGE_PLACEHOLDER}\n{questions[image_turn]}"
-    text = f"{_VICUNA_SYSTEM} "
-    for question, (_, answer) in zip(questions, history, strict=False):
-        text += f"USER: {question} ASSISTANT: {answer}{_VICUNA_END_OF_ANSWER}"
-    return f"{text}USER: {questions[-1]} ASSISTANT:"
+def _image_place(question: str, with_image: bool) -> tuple[str, Place | None]:
+    """Return a question without the placeholder at its start or end, and the image's place."""
+    start, end = question.lstrip(), question.rstrip()
+    leads, ends = start.startswith(IMAGE_PLACEHOLDER), end.endswith(IMAGE_PLACEHOLDER)
+    if not with_image:
+        if leads or ends:
+            logger.warning(
+                "the prompt %s has a place for an image, and none was given: %s is text",
+                shortened(repr(question)),
+                IMAGE_PLACEHOLDER,
+            )
+        return question, None
+    place: Place = "before"
+    if leads:
+        question = start.removeprefix(IMAGE_PLACEHOLDER).lstrip()
+    elif ends:
+        question, place = end.removesuffix(IMAGE_PLACEHOLDER).rstrip(), "after"
+    if (leads or ends) and (
+        question.startswith(IMAGE_PLACEHOLDER) or question.rstrip().endswith(IMAGE_PLACEHOLDER)
+    ):
+        raise InvalidInputError(
+            f"The prompt has several places for an image ({IMAGE_PLACEHOLDER!r}), expected one, "
+            "since one image per prompt is supported. Remove the others."
+        )
+    return question, place
 
 
 def _num_shared(start: np.ndarray, ids: np.ndarray) -> int:
@@ -350,16 +486,27 @@ def _num_shared(start: np.ndarray, ids: np.ndarray) -> int:
     return int(differs[0]) if differs.size else num
 
 
-def _message(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+def _jinja_template(folder: pathlib.Path, tokenizer: Any) -> JinjaTemplate:
+    source = find_template(folder)
+    if source is None:
+        raise BundleError(
+            f"Folder {folder} has no chat template: expected chat_template.jinja, "
+            "chat_template.json, or 'chat_template' in tokenizer_config.json. Copy it from the "
+            f"checkpoint, or export with --chat-template {'|'.join(named_templates())}|FILE."
+        )
+    special = {
+        name: token
+        for name, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str)
+    }
+    return JinjaTemplate(source, str(folder), special)
 
 
 def _settings(path: pathlib.Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty where there is no file."""
     if not path.is_file():
         return {}
-    kinds = {**TOKENIZER_KINDS, **GENERATION_KINDS}
-    return read_json(path, "a folder with a tokenizer", BundleError, kinds=kinds)
+    return read_json(path, "a folder with a tokenizer", BundleError, kinds=TOKENIZER_KINDS)
 
 
 def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, bool]:
@@ -373,7 +520,7 @@ def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, 
             "Copy the tokenizer files from the checkpoint."
         )
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
             loader: Any = PreTrainedTokenizerFast if has_json else LlamaTokenizer
@@ -392,24 +539,7 @@ def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, 
 
 
 def _eos_token_ids(folder: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
-    from_generation = _settings(folder / "generation_config.json").get("eos_token_id")
-    ids = from_generation if isinstance(from_generation, list) else [from_generation]
-    return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from warning of model types and packages that it does not need."""
-    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # asked when transformers is imported
-    before = os.environ.get(advice)
-    os.environ[advice] = "1"
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if before is None:
-            del os.environ[advice]
+    stated = stated_ids(folder)
+    own = tokenizer.eos_token_id
+    ends = {} if own is None else {"tokenizer": (int(own),)}
+    return end_ids({**stated, "eos": {**stated["eos"], **ends}})

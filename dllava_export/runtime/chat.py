@@ -16,9 +16,9 @@ from dllava_export.runtime.generation import (
     GenerationSettings,
     Run,
     Stream,
-    prompt_ids,
     start_run,
 )
+from dllava_export.runtime.prompting import PromptOptions, prompt_ids
 from dllava_export.runtime.results import Generation, ImageInput
 from dllava_export.settings import settings_from
 
@@ -53,9 +53,9 @@ class Chat:
         turns: What was said, oldest first; a turn is there as soon as its question was fed.
     """
 
-    def __init__(self, session: DecodingSession) -> None:
+    def __init__(self, session: DecodingSession, options: PromptOptions | None = None) -> None:
         self._session = session
-        self._history = _History(session)
+        self._history = _History(session, options or PromptOptions())
         self._stream: Stream | None = None
         self.turns = self._history.turns
 
@@ -105,8 +105,8 @@ class _History:
         turns: See `Chat`.
     """
 
-    def __init__(self, session: DecodingSession) -> None:
-        self._session = session
+    def __init__(self, session: DecodingSession, options: PromptOptions) -> None:
+        self._session, self._options = session, options
         self._num_prefills = -1
         self._fed: list[np.ndarray] = []
         self.turns: list[Turn] = []
@@ -123,7 +123,7 @@ class _History:
         session = self._session
         if not self.turns:
             images = None if image is None else [image]
-            ids = prompt_ids(session, [question], images, None)
+            ids = prompt_ids(session, [question], images, options=self._options)
             # The caches must hold all turns to come: what they do not use costs nothing.
             whole = dataclasses.replace(settings, max_new_tokens=session.max_length)
             return start_run(session, ids, images, whole)
@@ -140,7 +140,11 @@ class _History:
         answer = self.turns[-1].answer
         # Tokens of the last answer that were not fed come first.
         rest = np.array(answer.token_ids[answer.num_fed_tokens :], np.int64)
-        follow_up = session.tokenizer.encode_follow_up(question)
+        follow_up = session.tokenizer.encode_follow_up(
+            question,
+            raw=self._options.raw_prompt,
+            allow_special=self._options.allow_special,
+        )
         return ExtendedRun(session, np.concatenate([rest, follow_up]))
 
     def note(self, turn: Turn, fed: np.ndarray) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -14,7 +13,6 @@ import numpy as np
 
 from dllava_export.errors import InvalidInputError, SettingError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
-from dllava_export.prompts.prompt_text import checked_text
 from dllava_export.prompts.token_ids import CheckedPrompts
 from dllava_export.prompts.tokenizer import StreamDecoder
 from dllava_export.runtime.logits import (
@@ -30,7 +28,6 @@ from dllava_export.runtime.stop_strings import StopStrings
 from dllava_export.settings import real_number, whole_number
 
 if TYPE_CHECKING:
-    from dllava_export.prompts.reader import AttentionMask, Prompts
     from dllava_export.runtime.decoding import DecodingSession
 
 __all__ = [
@@ -42,7 +39,6 @@ __all__ = [
     "RecomputeRun",
     "Run",
     "Stream",
-    "prompt_ids",
     "start_run",
 ]
 
@@ -122,59 +118,6 @@ class GenerationSettings:
     def stops(self) -> tuple[str, ...]:
         """The texts that end an answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-
-def prompt_ids(
-    session: DecodingSession,
-    prompts: Sequence[str] | None,
-    images: Sequence[Any] | None,
-    input_ids: Prompts | None,
-    attention_mask: AttentionMask | None = None,
-) -> CheckedPrompts:
-    """Return the token ids of each prompt, [t] int64, image placeholders among them.
-
-    Raises:
-        InvalidInputError: If prompts and images do not fit each other.
-    """
-    if (prompts is None) == (input_ids is None):
-        raise InvalidInputError("Give either prompts or input_ids, one of the two.")
-    if prompts is not None and attention_mask is not None:
-        raise InvalidInputError("attention_mask goes with input_ids; prompts have no padding.")
-    for name, values in (("prompts", prompts), ("images", images)):
-        if isinstance(values, str | bytes | os.PathLike) or not hasattr(
-            () if values is None else values, "__len__"
-        ):
-            raise InvalidInputError(
-                f"{name} is {type(values).__name__}, expected a list with one entry for each "
-                "prompt."
-            )
-    ids = CheckedPrompts()
-    if input_ids is not None:
-        ids = session.normalised_prompts(input_ids, attention_mask)
-    count = len(ids) if prompts is None else len(prompts)
-    if images is not None and len(images) != count:
-        raise InvalidInputError(
-            f"{len(images)} images were given for {count} prompts; expected one image, or None, "
-            "for each prompt."
-        )
-    has_image = (
-        [image is not None for image in images] if images is not None else [False] * count
-    )
-    if prompts is not None:
-        tokenizer = session.tokenizer
-        texts = [checked_text(text, f"Prompt {i}") for i, text in enumerate(prompts)]
-        return CheckedPrompts(
-            tokenizer.encode(tokenizer.render(text, with_image=with_image))
-            for text, with_image in zip(texts, has_image, strict=True)
-        )
-    for sample, (row, with_image) in enumerate(zip(ids, has_image, strict=True)):
-        if bool((row == IMAGE_PLACEHOLDER_ID).any()) != with_image:
-            found, wanted = ("no", "an") if with_image else ("an", "no")
-            raise InvalidInputError(
-                f"Prompt {sample} has {found} image placeholder ({IMAGE_PLACEHOLDER_ID}), but "
-                f"{wanted} image was given with it. Give both or neither."
-            )
-    return ids
 
 
 def start_run(

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 if TYPE_CHECKING:
-    import os
-
-    from PIL import Image
+    from dllava_export.prompts.image_sources import ImageSource
 
 __all__ = [
     "NOT_GIVEN",
@@ -83,7 +81,8 @@ class NotGiven(enum.Enum):
 
 NOT_GIVEN = NotGiven.NOT_GIVEN
 
-ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
+ImageInput: TypeAlias = "ImageSource"
+"""A picture: what `read_image` takes."""
 
 OnToken = Callable[[int, "int | None", str], Any]
 """Called with (sample, token id, text)."""

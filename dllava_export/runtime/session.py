@@ -16,9 +16,9 @@ from dllava_export.runtime.generation import (
     GenerationLoop,
     GenerationSettings,
     Stream,
-    prompt_ids,
     start_run,
 )
+from dllava_export.runtime.prompting import PromptOptions, prompt_ids
 from dllava_export.runtime.results import NOT_GIVEN, NotGiven
 from dllava_export.settings import settings_from
 
@@ -48,6 +48,9 @@ class Session(DecodingSession):
         prompts: str,
         *,
         image: ImageInput | NotGiven | None = NOT_GIVEN,
+        system: str | None = None,
+        raw_prompt: bool = False,
+        allow_special: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -91,6 +94,9 @@ class Session(DecodingSession):
         *,
         input_ids: Prompts | None = None,
         attention_mask: AttentionMask | None = None,
+        system: str | None = None,
+        raw_prompt: bool = False,
+        allow_special: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -113,6 +119,9 @@ class Session(DecodingSession):
         image: ImageInput | NotGiven | None = NOT_GIVEN,
         input_ids: Prompts | None = None,
         attention_mask: AttentionMask | None = None,
+        system: str | None = None,
+        raw_prompt: bool = False,
+        allow_special: bool = False,
         on_token: OnToken | None = None,
         **settings: Any,
     ) -> Generation | list[Generation]:
@@ -123,12 +132,18 @@ class Session(DecodingSession):
 
         Args:
             prompts: The question, or several; the bundle's chat template is put around each.
-            images: One per prompt of a list: a path, a PIL image, an array, or None for a
-                text-only prompt. A bundle that takes pictures needs to be told.
+            images: One per prompt of a list: what `ImageProcessor` takes (a path, a PIL image,
+                an array, bytes, ...), or None for a text-only prompt. A bundle that takes
+                pictures needs to be told.
             image: The picture of a single prompt; likewise.
             input_ids: Token ids instead of `prompts`, as for prefill; those of a single prompt
                 in one dimension give one answer.
             attention_mask: As for prefill; with `input_ids`.
+            system: What stands before the conversation instead of the template's own text.
+            raw_prompt: A prompt is a whole conversation, with `<image>` in the image's place:
+                no template is put around it.
+            allow_special: Control tokens in a prompt, such as `</s>`, are control tokens; by
+                default they are text like any other.
             max_new_tokens: Tokens generated at most, per sample; 128 by default. It also sizes
                 the sparse caches: where they run full (`Generation.num_forced_drops`), another
                 number may give another answer.
@@ -156,6 +171,7 @@ class Session(DecodingSession):
             SettingError: If a setting is out of range.
         """
         chosen = settings_from(GenerationSettings, settings)
+        options = PromptOptions(system, raw_prompt, allow_special)
         ids_of_one = prompts is None and input_ids is not None and is_one_row(input_ids)
         is_single = isinstance(prompts, str) or ids_of_one
         if is_single:
@@ -172,7 +188,7 @@ class Session(DecodingSession):
                 "`image` is the picture of a single prompt; with a list of prompts pass "
                 "`images`, one or None for each."
             )
-        loop = self._loop(prompts, images, input_ids, attention_mask, chosen)
+        loop = self._loop(prompts, images, input_ids, attention_mask, chosen, options)
         # An error of on_token's must not leave the session to a generation that is over.
         with contextlib.closing(loop.pieces()) as pieces:
             for piece in pieces:
@@ -187,6 +203,9 @@ class Session(DecodingSession):
         image: ImageInput | NotGiven | None = NOT_GIVEN,
         input_ids: Sequence[int] | np.ndarray | None = None,
         attention_mask: Sequence[int] | np.ndarray | None = None,
+        system: str | None = None,
+        raw_prompt: bool = False,
+        allow_special: bool = False,
         **settings: Any,
     ) -> Stream:
         """Answer a prompt piece by piece.
@@ -199,6 +218,9 @@ class Session(DecodingSession):
                 needs to be told.
             input_ids: [t] token ids instead of `prompt`, -200 for the image.
             attention_mask: [t] of 0 and 1, as for prefill; with `input_ids`.
+            system: See `generate`.
+            raw_prompt: See `generate`.
+            allow_special: See `generate`.
             **settings: See `generate`.
 
         Returns:
@@ -214,11 +236,24 @@ class Session(DecodingSession):
         mask = None if attention_mask is None else [np.asarray(attention_mask)]
         images = None if isinstance(image, NotGiven) else [image]
         chosen = settings_from(GenerationSettings, settings)
-        return Stream(self._loop(prompts, images, ids, mask, chosen))
+        options = PromptOptions(system, raw_prompt, allow_special)
+        return Stream(self._loop(prompts, images, ids, mask, chosen, options))
 
-    def chat(self) -> Chat:
-        """Return a conversation whose turns build on each other's caches; see `Chat`."""
-        return Chat(self)
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        raw_prompt: bool = False,
+        allow_special: bool = False,
+    ) -> Chat:
+        """Return a conversation whose turns build on each other's caches; see `Chat`.
+
+        Args:
+            system: See `generate`.
+            raw_prompt: Nothing is put around questions: see `generate`.
+            allow_special: See `generate`.
+        """
+        return Chat(self, PromptOptions(system, raw_prompt, allow_special))
 
     def _loop(
         self,
@@ -227,13 +262,20 @@ class Session(DecodingSession):
         input_ids: Prompts | None,
         attention_mask: AttentionMask | None,
         settings: GenerationSettings,
+        options: PromptOptions,
     ) -> GenerationLoop:
-        is_text = input_ids is None and isinstance(prompts, Sequence) and len(prompts) > 0
-        if is_text and images is None and self.manifest.has_visual:
+        ids = prompt_ids(
+            self,
+            prompts,
+            images,
+            options=options,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+        )
+        if prompts and images is None and self.manifest.has_visual:
             raise InvalidInputError(
                 "The bundle takes an image with its prompt, and none was given. Pass image=..., "
                 "or images=[...] for several prompts; None in its place makes a prompt "
                 "text-only."
             )
-        ids = prompt_ids(self, prompts, images, input_ids, attention_mask)
         return GenerationLoop(self, start_run(self, ids, images, settings), settings)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +22,12 @@ import numpy as np
 from dllava_export.errors import InvalidInputError
 from dllava_export.json_text import parse_json
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
+from dllava_export.prompts.data_files import (
+    OutsideError,
+    answer_text,
+    image_file,
+    read_data_file,
+)
 from dllava_export.prompts.images import ImageProcessor
 from dllava_export.prompts.tokenizer import ChatTokenizer
 from dllava_export.training.settings import BadRecordError, TrainingError
@@ -203,6 +208,7 @@ class ConversationData:
         path: Path,
         *,
         image_folder: Path | None,
+        allow_outside: bool = False,
         needs_image: bool,
         tokenizer: ChatTokenizer,
         image_processor: ImageProcessor,
@@ -217,6 +223,7 @@ class ConversationData:
         Args:
             path: The JSON file.
             image_folder: What names of images start from; the file's folder by default.
+            allow_outside: Take images outside that folder.
             needs_image: Refuse records without an image.
             tokenizer: The checkpoint's.
             image_processor: The checkpoint's.
@@ -248,7 +255,7 @@ class ConversationData:
         for number, entry in enumerate(entries):
             try:
                 place = f"{path.name}, record {number}"
-                record = parse_record(entry, place, folder, needs_image)
+                record = parse_record(entry, place, folder, needs_image, allow_outside)
                 data._encode(record)
             except BadRecordError as error:
                 data._skip(error)
@@ -336,7 +343,7 @@ class ConversationData:
 
 def _read_file(path: Path) -> list[Any]:
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_data_file(path))
     except (OSError, ValueError) as error:
         raise TrainingError(
             f"{path} cannot be read as JSON ({error}), expected {_FORM}. Restore the file."
@@ -348,7 +355,13 @@ def _read_file(path: Path) -> list[Any]:
     return content
 
 
-def parse_record(entry: Any, place: str, image_folder: Path, needs_image: bool) -> Record:
+def parse_record(
+    entry: Any,
+    place: str,
+    image_folder: Path,
+    needs_image: bool,
+    allow_outside: bool = False,
+) -> Record:
     """Check one conversation of LLaVA's JSON and return it as a record.
 
     Args:
@@ -356,6 +369,7 @@ def parse_record(entry: Any, place: str, image_folder: Path, needs_image: bool) 
         place: File and number, for messages.
         image_folder: What the name of its image starts from.
         needs_image: Refuse a conversation without an image.
+        allow_outside: Take an image outside `image_folder`.
 
     Raises:
         BadRecordError: If it cannot be used.
@@ -388,11 +402,14 @@ def parse_record(entry: Any, place: str, image_folder: Path, needs_image: bool) 
             f"{name} has the image {image!r}, expected the name of one file. Correct it, or use "
             "--on-bad-record skip."
         )
-    file = image_folder / image
-    if not os.path.isfile(file):  # takes names that no file can have
+    try:
+        file = image_file(image_folder, image, allow_outside=allow_outside)
+    except OutsideError as error:
+        raise BadRecordError(f"{name}: {error}, or --on-bad-record skip.") from error
+    if file is None:
         raise BadRecordError(
-            f"{name}: the image {file} does not exist. Name its folder with --image-folder, or "
-            "use --on-bad-record skip."
+            f"{name}: the image {image_folder / image} does not exist. Name its folder with "
+            "--image-folder, or use --on-bad-record skip."
         )
     return Record(name, file, turns, image_turn)
 
@@ -411,14 +428,14 @@ def _parse_turns(
     image_turns: list[int] = []
     for number, turn in enumerate(conversations):
         role = _ROLES[number % 2]
-        is_turn = isinstance(turn, dict) and isinstance(turn.get("value"), str)
-        if not is_turn or turn.get("from") != role:
+        text = turn.get("value") if isinstance(turn, dict) else None
+        text = answer_text(text) if role == "gpt" else text
+        if not isinstance(text, str) or turn.get("from") != role:
             found = turn.get("from") if isinstance(turn, dict) else turn
             raise BadRecordError(
                 f"{name}: turn {number} is from {found!r}, expected text from {role!r}, since "
                 f"human and gpt take turns. {remedy}"
             )
-        text = turn["value"]
         num_places = text.count(IMAGE_PLACEHOLDER)
         if num_places and role == "gpt":
             raise BadRecordError(

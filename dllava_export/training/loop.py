@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 
 from dllava_export.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from dllava_export.errors import SettingError
+from dllava_export.families.chat_templates import choose_template
 from dllava_export.json_text import parse_json
 from dllava_export.prompts.images import ImageProcessor
 from dllava_export.prompts.tokenizer import ChatTokenizer
@@ -35,6 +37,9 @@ __all__ = ["StepReport", "TrainingReport", "train_predictors"]
 
 LOG_FILE = "training_log.jsonl"
 PLOT_FILE = "training_log.png"
+logger = logging.getLogger(__name__)
+
+_TEMPLATE = "vicuna_v1"
 _NUM_FINAL_STEPS = 20
 # May differ from when the run was started: they do not change what is computed.
 _FREE_SETTINGS = ("checkpoint_every", "device", "precision", "gradient_checkpointing")
@@ -152,6 +157,7 @@ def train_predictors(
     settings: TrainingSettings | None = None,
     *,
     image_folder: str | Path | None = None,
+    allow_outside: bool = False,
     on_bad_record: OnBadRecord = "stop",
     resume: bool = False,
     progress: bool = False,
@@ -168,6 +174,7 @@ def train_predictors(
         out: New or empty folder, or that of the run to resume.
         settings: Of the run.
         image_folder: What names of images start from; the folder of `data` by default.
+        allow_outside: Take images outside that folder.
         on_bad_record: `stop` at the first record that cannot be used, or `skip` them.
         resume: Go on from the last training state in `out`; from the start without one.
         progress: Show progress bars on stderr.
@@ -188,7 +195,7 @@ def train_predictors(
     device = _device(settings)
     folder = _prepare_folder(Path(out), resume)
     records = _read_data(
-        checkpoint, Path(data), settings, image_folder, on_bad_record, progress
+        checkpoint, Path(data), settings, image_folder, allow_outside, on_bad_record, progress
     )
     identity = {
         **{
@@ -386,6 +393,7 @@ def _read_data(
     path: Path,
     settings: TrainingSettings,
     image_folder: str | Path | None,
+    allow_outside: bool,
     on_bad_record: OnBadRecord,
     progress: bool,
 ) -> ConversationData:
@@ -394,6 +402,16 @@ def _read_data(
             f"{checkpoint.path} has no tokenizer, expected tokenizer.json or tokenizer.model. "
             "Copy the tokenizer files there."
         )
+    template = choose_template(
+        None, checkpoint.spec.chat_template, checkpoint.config, checkpoint.path
+    )
+    if template.name != _TEMPLATE:
+        logger.warning(
+            "%s is prompted with the chat template %s, and trained with %s",
+            checkpoint.path,
+            template.name,
+            _TEMPLATE,
+        )
     context = checkpoint.spec.max_position_embeddings
     stated = checkpoint.config.get("tokenizer_model_max_length")
     if type(stated) is int:
@@ -401,10 +419,11 @@ def _read_data(
     return ConversationData.read(
         path,
         image_folder=None if image_folder is None else Path(image_folder),
+        allow_outside=allow_outside,
         needs_image=settings.train_predictors,
         tokenizer=ChatTokenizer.from_folder(
             checkpoint.path,
-            template="vicuna_v1",
+            template=_TEMPLATE,
             image_token_id=checkpoint.spec.image_token_id,
         ),
         image_processor=ImageProcessor.from_config(

@@ -28,7 +28,7 @@ from dllava_export.evaluation.settings import EvaluationSettings
 from dllava_export.exporting.exporter import export_checkpoint
 from dllava_export.exporting.options import SparsityOptions
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
-from dllava_export.prompts.images import read_image
+from dllava_export.prompts.image_sources import read_image
 from dllava_export.reporting.output_files import write_text
 
 __all__ = ["Measurement", "digit_patches_kept", "export_all", "measure"]

@@ -118,7 +118,7 @@ def test_images_lie_in_a_folder_of_their_own(folder):
                      "expected the answer as text", id="no answer"),
         pytest.param(line(answer=""), "has the answer '', expected the answer as text",
                      id="blank answer"),
-        pytest.param(line(answer=5), "has the answer 5, expected the answer as text",
+        pytest.param(line(answer=[5]), r"has the answer \[5\], expected the answer as text",
                      id="answer is no text"),
         pytest.param(line(text=None), "has no 'text', expected the question as text",
                      id="no question"),
@@ -328,8 +328,11 @@ def questions(folder, answers):
     """Its own answers as the truth, but for the last question."""
     truths = {prompt: answers[prompt].text.upper() for prompt in PROMPTS}
     truths["w8 w9 w10"] = "w3"
+    shutil.copyfile(CAT, folder / "whole_cat.png")
     records = [
-        conversation(f"<image>\n{prompt}", truth, image=str(CAT), category=PROMPTS[prompt])
+        conversation(
+            f"<image>\n{prompt}", truth, image="whole_cat.png", category=PROMPTS[prompt]
+        )
         for prompt, truth in truths.items()
     ]
     return write(folder, *records)

@@ -64,6 +64,15 @@ def test_sizes_are_whole_numbers_of_at_least_one(value):
         check_sizes("It", config, ("hidden_size",))
 
 
+def test_transformers_does_not_warn_above_an_error_of_ours(capfd, caplog):
+    values = {"vocab_size": 10, "pad_token_id": 99, "eos_token_id": 99}
+    assert transformers_config(LlamaConfig, "text configuration", values).vocab_size == 10
+    with pytest.raises(CheckpointError):
+        transformers_config(LlamaConfig, "text configuration", {**values, "vocab_size": "x"})
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
 def test_sizes_have_a_limit():
     config = LlamaConfig(num_hidden_layers=2)
     config.__dict__["num_hidden_layers"] = 1025

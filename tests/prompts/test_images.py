@@ -6,7 +6,8 @@ import tolerances
 from PIL import Image
 
 from dllava_export.errors import InvalidInputError, UnsupportedModelError
-from dllava_export.prompts.images import ImageProcessor, read_image
+from dllava_export.prompts.image_sources import read_image
+from dllava_export.prompts.images import ImageProcessor
 
 CLIP_336 = {
     "crop_size": 336,
@@ -229,7 +230,7 @@ def test_decompression_bomb(tmp_path, monkeypatch):
 def test_float_image(tmp_path):
     image = Image.fromarray(np.full((2, 2), 0.5, np.float32))
     image.save(tmp_path / "cat.tiff")
-    with pytest.raises(InvalidInputError, match=r"Image file .*cat\.tiff has mode 'F'"):
+    with pytest.raises(InvalidInputError, match=r"Image file .*cat\.tiff .*has mode 'F'"):
         read_image(tmp_path / "cat.tiff")
     with pytest.raises(
         InvalidInputError, match=r"mode 'F' with values 0\.5 to 0\.5; expected 8"
@@ -241,13 +242,16 @@ def test_float_image(tmp_path):
     "array",
     [
         pytest.param(np.zeros((4, 4, 3), np.float32), id="dtype"),
-        pytest.param(np.zeros((3, 4, 4), np.uint8), id="channels first"),
-        pytest.param(np.zeros((4, 4), np.uint8), id="no channels"),
+        pytest.param(np.zeros((3, 8, 8), np.uint8), id="channels first"),
+        pytest.param(np.zeros(4, np.uint8), id="one dimension"),
+        pytest.param(np.zeros((4, 4, 3), object), id="objects"),
         pytest.param(np.zeros((0, 4, 3), np.uint8), id="empty"),
     ],
 )
 def test_array_of_another_form(array):
-    with pytest.raises(InvalidInputError, match=r"expected \[height, width, 3\] and uint8"):
+    with pytest.raises(
+        InvalidInputError, match=r"expected \[height, width, channels\] of .* and uint8"
+    ):
         ImageProcessor.from_config(CLIP_336, None)([array])
 
 
@@ -295,3 +299,15 @@ def test_aspect_ratio_of_another_kind():
         UnsupportedModelError, match="image_aspect_ratio is 'anyres', expected"
     ):
         ImageProcessor.from_config(CLIP_336, "anyres")
+
+
+def test_a_long_strip_is_refused_before_it_is_padded():
+    processor = ImageProcessor.from_config(CLIP_336, "pad")
+    with pytest.raises(InvalidInputError, match=r"60000 x 1 pixels and is padded .* 13377"):
+        processor([np.zeros((1, 60_000, 3), np.uint8)])
+
+
+@pytest.mark.parametrize("images", ["cat.png", b"GIF", Image.new("RGB", (2, 2)), 7])
+def test_one_picture_where_a_list_is_expected(images):
+    with pytest.raises(InvalidInputError, match="expected a list with a picture"):
+        ImageProcessor.from_config(CLIP_336, "pad")(images)

@@ -394,9 +394,9 @@ def test_refuses_settings_out_of_range(bundles, settings, message):
             {"input_ids": [[5, 131]]}, "token id 131 at position 1 is not in", id="id"
         ),
         pytest.param(
-            {"prompts": ["<image> w5"], "images": [None]},
-            "contains '<image>'; expected plain",
-            id="written out",
+            {"prompts": ["<image> <image> w5"], "images": [image()]},
+            "several places for an image",
+            id="two places",
         ),
         pytest.param(
             {"prompts": ["w5"], "images": ["no_such.png"]},

@@ -165,9 +165,9 @@ def test_the_last_token_that_was_asked_for_is_no_cancellation(bundles):
             id="placeholder only",
         ),
         pytest.param(
-            {"prompt": "<image> w5", "image": None},
-            "contains '<image>'; expected plain",
-            id="written out",
+            {"prompt": "<image><image> w5", "image": image()},
+            "several places for an image",
+            id="two places",
         ),
         pytest.param(
             {"prompt": "w5", "image": "no_such.png"},
