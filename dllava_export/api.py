@@ -69,7 +69,7 @@ def export(
     precision: str | None = None,
     num_decoder_layers: int | None = None,
     random_weights: bool = False,
-    link: bool = True,
+    link: bool = False,
     progress: bool = False,
 ) -> ExportReport:
     """Export a checkpoint to a bundle: graphs, weights and everything that runs them.
@@ -91,7 +91,9 @@ def export(
         precision: `fp32`, `fp16` or `bf16`; the checkpoint's by default, fp16 for bf16 ones.
         num_decoder_layers: Export only the first so many decoder layers.
         random_weights: `checkpoint` is a config.json: export its model with random weights.
-        link: Hard-link weights where possible instead of copying them.
+        link: Hard-link weights where possible. onnx, and tools that read models through it,
+            refuse such a bundle. By default weights are copied, or cloned where the file
+            system can.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -144,6 +146,7 @@ def sparsify(
     image_keep_tokens: int | None = None,
     output_text_keep_rate: float | None = None,
     predictors: StrPath | None = None,
+    link: bool = False,
     progress: bool = False,
 ) -> ExportReport:
     """Run only the passes: make a bundle from a bundle, or from somebody else's dense decoder.
@@ -161,6 +164,7 @@ def sparsify(
         output_text_keep_rate: See `export`.
         predictors: Checkpoint, a folder or hub id, whose trained predictors are used; those of
             the bundle by default.
+        link: See `export`; weights of an `.onnx` file are never linked.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -182,7 +186,9 @@ def sparsify(
         image_keep_tokens=image_keep_tokens,
         output_text_keep_rate=output_text_keep_rate,
     )
-    return sparsify_decoder(dense, out, options, predictors=predictors, progress=progress)
+    return sparsify_decoder(
+        dense, out, options, predictors=predictors, link=link, progress=progress
+    )
 
 
 @_public

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -125,3 +127,13 @@ def policy_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PolicyPa
     folder = tmp_path / "packages"
     folder.mkdir()
     return PolicyPackages(folder, monkeypatch)
+
+
+@pytest.fixture
+def no_clones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system on which files cannot share their blocks."""
+
+    def ioctl(*_: int) -> int:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)

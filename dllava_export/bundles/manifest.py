@@ -16,11 +16,12 @@ A bundle is written under a temporary name and renamed when it is whole.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dllava_export.bundles.digests import file_entry, is_unchanged
 from dllava_export.bundles.layout import MANIFEST
 from dllava_export.errors import BundleError
 from dllava_export.geometry import Geometry, PredictorGeometry
@@ -31,10 +32,6 @@ from dllava_export.sparsity import Sparsity
 __all__ = ["SCHEMA_VERSION", "Manifest", "read_manifest", "write_manifest"]
 
 SCHEMA_VERSION = 2
-
-_WHOLE_DIGEST_BYTES = 256 << 20
-_SAMPLE_BYTES = 1 << 20
-_NUM_SAMPLES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +76,21 @@ class Manifest:
     source: str
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest last, over all files that are there."""
+def write_manifest(
+    folder: Path,
+    manifest: Manifest,
+    digest_of: Callable[[Path], str | None] = lambda _: None,
+) -> None:
+    """Write the manifest last, over all files that are there.
+
+    Args:
+        folder: The bundle.
+        manifest: What it holds.
+        digest_of: Gives the `whole_digest` of a file where it is known, else None.
+    """
     values = {**dataclasses.asdict(manifest), "precision": manifest.precision.to_json()}
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    files = {str(p.relative_to(folder)): _fingerprint(p) for p in paths}
+    files = {str(p.relative_to(folder)): file_entry(p, digest_of(p)) for p in paths}
     document = {"schema_version": SCHEMA_VERSION, **values, "files": files}
     target = folder / MANIFEST
     with replaced_when_complete(target, _as_it_is) as partial:
@@ -166,7 +173,9 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -
                 f"{folder} lacks {name}. Copy the whole bundle, or export it again."
             )
         size = path.stat().st_size
-        if size != expected["size"] or (verify and _fingerprint(path) != expected):
+        if size != expected["size"] or (
+            verify and not is_unchanged(path, expected, full=False)
+        ):
             found = f"has {size} bytes" if size != expected["size"] else "has other contents"
             raise BundleError(
                 f"{path} was changed after the bundle was written: it {found}, the manifest "
@@ -174,18 +183,3 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -
                 "be hard links to the checkpoint's files: was the checkpoint changed in place? "
                 "Export again."
             )
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """Return size and digest; of large files the digest covers evenly spread samples."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= _WHOLE_DIGEST_BYTES:
-            while chunk := file.read(_SAMPLE_BYTES):
-                digest.update(chunk)
-            return {"size": size, "sha256": digest.hexdigest()}
-        for number in range(_NUM_SAMPLES):
-            file.seek(number * (size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return {"size": size, "sha256": digest.hexdigest(), "sampled": True}

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dllava_export.commands.command import Command
-from dllava_export.commands.options import check_keep, sparsity_options
+from dllava_export.commands.options import check_keep, link_option, sparsity_options
 from dllava_export.precision import NUMBER_FORMATS
 
 __all__ = ["export"]
@@ -35,6 +35,7 @@ __all__ = ["export"]
     type=click.IntRange(min=1),
     help="Export only the first so many decoder layers, to try things out.",
 )
+@link_option
 @sparsity_options
 @click.pass_obj
 def export(
@@ -45,12 +46,13 @@ def export(
     random_weights: bool,
     precision: str | None,
     num_decoder_layers: int | None,
+    link: bool,
     **sparsity: Any,
 ) -> None:
     """Export CHECKPOINT (a folder or a hub id) to the bundle OUT.
 
-    Reads original LLaVA-1.5, Dynamic-LLaVA and llava-hf checkpoints. Weights are hard-linked
-    where possible, so that a bundle costs next to no disk space.
+    Reads original LLaVA-1.5, Dynamic-LLaVA and llava-hf checkpoints. Weights are copied, or
+    share the checkpoint's blocks where the file system can (btrfs, XFS).
     """
     check_keep(sparsity)
 
@@ -62,6 +64,7 @@ def export(
         random_weights=random_weights,
         precision=precision,
         num_decoder_layers=num_decoder_layers,
+        link=link,
         progress=obj["progress"],
         **sparsity,
     )

@@ -11,12 +11,8 @@ from typing import TYPE_CHECKING
 
 from dllava_export import names
 from dllava_export.bundles import layout
-from dllava_export.bundles.files import (
-    bytes_of_new_files,
-    describe_tensors,
-    save_models,
-    tool_versions,
-)
+from dllava_export.bundles.bundle_writer import BundleWriter
+from dllava_export.bundles.files import describe_tensors, save_models, tool_versions
 from dllava_export.bundles.manifest import Manifest, write_manifest
 from dllava_export.exporting.options import SparsityOptions, complete_sparsity
 from dllava_export.exporting.report import ExportReport
@@ -68,7 +64,7 @@ def export_checkpoint(
     options: SparsityOptions | None = None,
     *,
     precision: str | None = None,
-    link: bool = True,
+    link: bool = False,
     progress: bool = False,
 ) -> ExportReport:
     """Export a checkpoint to a bundle.
@@ -79,7 +75,9 @@ def export_checkpoint(
         options: Sparsification; by default as trained.
         precision: `fp32`, `fp16` or `bf16`; by default the checkpoint's, with fp16 in place of
             bf16, which ONNX Runtime does not run on a CPU.
-        link: Hard-link weights where possible instead of copying them.
+        link: Hard-link weights where possible. onnx, and tools that read models through it,
+            refuse such a bundle. By default weights are copied, or cloned where the file
+            system can.
         progress: Show a progress bar on stderr.
 
     Raises:
@@ -99,6 +97,7 @@ def export_checkpoint(
     )
     stored = checkpoint.weight_format
     chosen = Precision.of(precision or (FP16 if stored == BF16 else stored).name)
+    writer = BundleWriter(link=link, progress=progress)
     with new_folder(Path(out)) as folder:
         llm, visual = folder / layout.LLM_FOLDER, folder / layout.VISUAL_FOLDER
         llm.mkdir()
@@ -119,17 +118,15 @@ def export_checkpoint(
             # First in line, so that the data file is the same whatever the sparsity.
             models = sources | models
         with resources.stage("attaching weights"):
-            llm_report = attach_weights(
-                models, llm, checkpoint.tensors, link=link, progress=progress
-            )
-            visual_report = attach_weights(
-                {layout.VISUAL: visual_model}, visual, checkpoint.tensors, link=link
+            attach_weights(models, llm, checkpoint.tensors, writer=writer)
+            attach_weights(
+                {layout.VISUAL: visual_model}, visual, checkpoint.tensors, writer=writer
             )
             embedding = write_embedding(
                 llm,
                 checkpoint.tensors[names.TOKEN_EMBEDDING],
                 chosen.weights.numpy,
-                link=link,
+                writer=writer,
             )
         with resources.stage("writing graphs"):
             save_models(llm, models)
@@ -158,15 +155,17 @@ def export_checkpoint(
             source=str(checkpoint.path),
         )
         with resources.stage("digests and manifest"):
-            write_manifest(folder, manifest)
-        written = bytes_of_new_files(folder)
+            write_manifest(folder, manifest, writer.digest_of)
+        written = writer.bytes_written(folder)
     return ExportReport(
-        Path(out),
-        manifest,
-        llm_report.bytes_linked + visual_report.bytes_linked,
-        written,
-        time.perf_counter() - start,
-        tuple(warnings),
+        folder=Path(out),
+        manifest=manifest,
+        bytes_linked=writer.bytes_linked,
+        bytes_cloned=writer.bytes_cloned,
+        bytes_written=written,
+        seconds=time.perf_counter() - start,
+        weights_seconds=writer.seconds,
+        warnings=tuple(warnings),
     )
 
 

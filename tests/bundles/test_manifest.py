@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dllava_export.bundles import manifest as bundle
 from dllava_export.bundles.layout import MANIFEST
 from dllava_export.bundles.manifest import (
     SCHEMA_VERSION,
@@ -331,42 +330,3 @@ def test_reports_other_contents_of_the_same_size(folder):
 def test_takes_contents_for_granted_without_verification(folder):
     (folder / "llm" / "model.onnx").write_bytes(b"grapf")
     assert read_manifest(folder, verify=False) == make_manifest()
-
-
-@pytest.fixture
-def large_files(monkeypatch):
-    """Treat files above 1000 bytes as large: five samples of 100 bytes each."""
-    monkeypatch.setattr(bundle, "_WHOLE_DIGEST_BYTES", 1000)
-    monkeypatch.setattr(bundle, "_SAMPLE_BYTES", 100)
-    monkeypatch.setattr(bundle, "_NUM_SAMPLES", 5)
-
-
-def poke(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
-def test_samples_large_files(large_files, folder):
-    files = json.loads((folder / MANIFEST).read_text())["files"]
-    assert files["llm/model.onnx.data"]["sampled"] is True
-    assert "sampled" not in files["llm/model.onnx"]
-    assert read_manifest(folder) == make_manifest()
-
-
-@pytest.mark.parametrize(
-    ("offset", "is_found"),
-    [
-        pytest.param(0, True, id="first byte"),
-        pytest.param(19_999, True, id="last byte"),
-        pytest.param(19_900 // 4, True, id="second sample"),
-        pytest.param(150, False, id="between samples"),
-    ],
-)
-def test_large_files_are_compared_at_samples_only(large_files, folder, offset, is_found):
-    poke(folder / "llm" / "model.onnx.data", offset)
-    if not is_found:
-        assert read_manifest(folder) == make_manifest()
-        return
-    with pytest.raises(BundleError, match=r"model\.onnx\.data was changed"):
-        read_manifest(folder)
