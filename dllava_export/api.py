@@ -44,18 +44,21 @@ R = TypeVar("R")
 StrPath = str | Path
 
 
-def _public(function: Callable[P, R]) -> Callable[P, R]:
+def _needs_extra(extra: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a package that is missing be explained by an error of ours."""
 
-    @functools.wraps(function)
-    def explained(*args: P.args, **kwargs: P.kwargs) -> R:
-        with missing_packages_explained(function.__name__):
-            return function(*args, **kwargs)
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def explained(*args: P.args, **kwargs: P.kwargs) -> R:
+            with missing_packages_explained(function.__name__, extra):
+                return function(*args, **kwargs)
 
-    return explained
+        return explained
+
+    return decorated
 
 
-@_public
+@_needs_extra("export")
 def export(
     checkpoint: StrPath | Checkpoint,
     out: StrPath,
@@ -134,7 +137,7 @@ def export(
     )
 
 
-@_public
+@_needs_extra("export")
 def sparsify(
     dense: StrPath,
     out: StrPath,
@@ -191,7 +194,7 @@ def sparsify(
     )
 
 
-@_public
+@_needs_extra("export")
 def build(
     bundle: StrPath,
     backend: str,
@@ -225,7 +228,7 @@ def build(
     return factory.build(Path(bundle), settings, dry_run=dry_run, progress=progress)
 
 
-@_public
+@_needs_extra("export")
 def validate(
     bundle: StrPath, *, image: str | None = None, prompt: str | None = None, **settings: Any
 ) -> ValidationReport:
@@ -356,7 +359,7 @@ def plan(bundle: StrPath, **request: Any) -> MemoryPlan:
     return plan_memory(bundle, settings_from(PlanRequest, request))
 
 
-@_public
+@_needs_extra("export")
 def bench(bundle: StrPath, *, progress: bool = False, **settings: Any) -> BenchReport:
     """Time a bundle against its dense form and transformers, in one run, interleaved.
 
@@ -430,7 +433,7 @@ def visualize(
     return trace
 
 
-@_public
+@_needs_extra("train")
 def train_predictors(
     checkpoint: StrPath | Checkpoint,
     data: StrPath,

@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 from golden import DATA
+from installed_packages import Packages
 from policy_package import PolicyPackages
 from word_tokenizer import save_tokenizer
 
@@ -103,10 +104,11 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     def remember(trace: Callable[..., onnx.ModelProto]) -> Callable[..., onnx.ModelProto]:
         def remembered(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
-            spec = checkpoint.spec
-            settings = [spec.text_config.to_dict(), spec.vision_config.to_dict()]
-            settings += [spec.projector, spec.feature_layer]
-            key = f"{trace.__name__} {dtype} {settings}"
+            settings = [
+                value.to_dict() if hasattr(value, "to_dict") else value
+                for value in vars(checkpoint.spec).values()
+            ]
+            key = f"{trace.__name__} {dtype} {type(checkpoint.spec)} {settings}"
             path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
             with filelock.FileLock(f"{path}.lock"):
                 if not path.exists():
@@ -122,11 +124,17 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def policy_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PolicyPackages:
-    """Packages with policies, there during one test."""
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Packages:
+    """Packages that add to a registry, there during one test."""
     folder = tmp_path / "packages"
     folder.mkdir()
-    return PolicyPackages(folder, monkeypatch)
+    return Packages(folder, monkeypatch)
+
+
+@pytest.fixture
+def policy_packages(packages: Packages) -> PolicyPackages:
+    """Packages with policies, there during one test."""
+    return PolicyPackages(packages)
 
 
 @pytest.fixture

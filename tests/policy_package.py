@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
+from installed_packages import Packages
 
 from dllava_export.passes.policies.registry import POLICIES
 
@@ -33,23 +30,11 @@ number = 3
 
 
 class PolicyPackages:
-    """Installs packages into a folder that is on Python's path during a test."""
+    """Packages with a policy each."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._folder = folder
-        self._monkeypatch = monkeypatch
-        monkeypatch.syspath_prepend(folder)
+    def __init__(self, packages: Packages) -> None:
+        self._packages = packages
 
     def install(self, name: str, entry: str, source: str = POLICY, package: str = "p") -> None:
         """Install a package whose policy `name` is `entry`, a name in its module."""
-        module = f"policy_package_{package}"
-        self._monkeypatch.delitem(sys.modules, module, raising=False)
-        (self._folder / f"{module}.py").write_text(source)
-        info = self._folder / f"{package}-1.5.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.5\n"
-        )
-        (info / "entry_points.txt").write_text(
-            f"[{POLICIES.group}]\n{name} = {module}:{entry}\n"
-        )
+        self._packages.install(POLICIES.group, name, entry, source, package)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install what is needed and run lint, types and all tests. Arguments go to pytest.
+# Install what is needed and run lint, types and all tests, the slow ones too, in two processes.
+# Arguments go to pytest.
 set -euo pipefail
 source "$(cd "$(dirname "$0")" && pwd)/../examples/setup.sh"
 cd "$root"
@@ -8,4 +9,4 @@ ruff check .
 ruff format --check .
 python tests/installed_layout.py build/installed
 (cd build/installed && mypy --cache-dir "$root/.mypy_cache" -p dllava_export)
-python -m pytest "$@"
+python -m pytest -m "" -n 2 "$@"

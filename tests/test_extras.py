@@ -12,11 +12,20 @@ from places import DATA, ROOT
 from dllava_export.extras import EXTRAS
 
 # As if the packages of the extra were not there.
-_WITHOUT = "import sys; sys.modules.update(dict.fromkeys({modules!r})); "
+_WITHOUT = """
+import importlib.metadata, sys
+sys.modules.update(dict.fromkeys({modules!r}))
+version = importlib.metadata.version
+def hidden(name):
+    if name in {modules!r}:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = hidden
+"""
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    blocked = _WITHOUT.format(modules=sorted(EXTRAS))
+    blocked = _WITHOUT.format(modules=sorted(EXTRAS["export"]))
     return subprocess.run(
         [sys.executable, "-c", blocked + code], capture_output=True, text=True, cwd=ROOT
     )
@@ -30,9 +39,10 @@ def test_every_extra_is_declared():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     extras = setup["options.extras_require"]
-    for module, extra in EXTRAS.items():
-        assert module in extras[extra]
-        assert module not in setup["options"]["install_requires"]
+    for extra, modules in EXTRAS.items():
+        for module in modules:
+            assert module in extras[extra]
+            assert module not in setup["options"]["install_requires"]
 
 
 def test_a_bundle_runs_without_pytorch(bundles):
@@ -44,21 +54,30 @@ def test_a_bundle_runs_without_pytorch(bundles):
 
 
 @pytest.mark.parametrize(
-    ("command", "module"),
+    ("command", "module", "extra"),
     [
-        (("export", DATA / "mha", "{out}"), "torch"),
-        (("validate", "{bundle}"), "polygraphy"),
-        (("train-predictors", DATA / "mha", ROOT / "setup.cfg", "{out}"), "torch"),
+        (("export", DATA / "mha", "{out}"), "torch", "export"),
+        (("validate", "{bundle}"), "polygraphy", "export"),
+        (("train-predictors", DATA / "mha", ROOT / "setup.cfg", "{out}"), "torch", "train"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_a_command_that_lacks_a_package_says_so_in_one_line(
-    bundles, tmp_path, command, module
-):
+def test_a_command_that_lacks_a_package_says_so(bundles, tmp_path, command, module, extra):
     places = {"out": tmp_path / "out", "bundle": bundles.path("mha")}
     done = cli(*(str(part).format(**places) for part in command))
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert f"needs {module}, which is not installed. Install it: pip install" in line
-    assert 'dllava-export[export]"' in line
+    assert f'dllava-export[{extra}]"' in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_is_sparsified_inspected_and_evaluated_without_pytorch(bundles, tmp_path):
+    out = tmp_path / "out"
+    done = cli("sparsify", bundles.path("mha"), out, "--policy", "uniform")
+    assert done.returncode == 0, done.stderr
+    assert cli("inspect", out).returncode == 0
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question_id": 1, "text": "w5", "answer": "w6"}\n')
+    done = cli("evaluate", out, questions, "--max-new-tokens", 2)
+    assert done.returncode == 0, done.stderr

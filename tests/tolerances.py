@@ -1,11 +1,30 @@
-"""How close results of whole models must come: absolute, on logits of up to 7.
+"""How close floating-point results must come: absolute, unless a name says relative.
 
-Indices, keep bits, lengths and numbers of rows are compared exactly everywhere.
+Indices, keep bits, lengths and numbers of rows are compared exactly everywhere. Tolerances of
+`validate` are its users' (`validation/settings.py`), those of kernels the kernels'
+(`plugins/check_kernels.py`).
 """
 
 from __future__ import annotations
 
-__all__ = ["DENSE", "FLOAT16", "FLOAT16_MARGIN", "GOLDEN", "SAME_MODEL"]
+__all__ = [
+    "DENSE",
+    "FLOAT16",
+    "FLOAT16_MARGIN",
+    "FLOAT16_SCORES",
+    "FREQUENCY",
+    "GOLDEN",
+    "MASKED",
+    "PIXELS",
+    "RELATIVE",
+    "SAME_MODEL",
+    "SCORES",
+    "TORCH",
+    "TRAINED",
+]
+
+# Whole models, on logits of up to 7.
+
 
 # Promised for golden runs of the official code; measured: 3e-6.
 GOLDEN = 2e-4
@@ -17,3 +36,20 @@ SAME_MODEL = 1e-5
 FLOAT16 = 3e-2
 # Scores or logits closer than this may change places in float16.
 FLOAT16_MARGIN = 1e-2
+# A trained model's logits, in PyTorch and on ONNX Runtime.
+TRAINED = 1e-3
+
+# Parts of models.
+# One module in PyTorch, whole and in parts, or with rows masked instead of removed.
+TORCH = 1e-4
+# A softmax, or margins of scores, of some ten values.
+MASKED = 1e-6
+# Scores of image tokens against golden runs; and in float16.
+SCORES = 1e-4
+FLOAT16_SCORES = 0.3
+# Pixels of about 1 after normalisation, against transformers.
+PIXELS = 1e-6
+# Beside an absolute one, where values are large.
+RELATIVE = 1e-5
+# Shares of 4,000 draws: four standard deviations.
+FREQUENCY = 0.03

@@ -7,8 +7,9 @@ import platform
 from typing import Any
 
 from dllava_export.backends.factory import BackendStatus
-from dllava_export.backends.gpus import Gpu, find_gpus, installed_version
+from dllava_export.backends.gpus import Gpu, find_gpus
 from dllava_export.backends.registry import BACKENDS
+from dllava_export.extras import installed_version
 
 __all__ = ["DoctorReport", "collect"]
 

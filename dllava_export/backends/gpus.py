@@ -1,4 +1,4 @@
-"""NVIDIA GPUs of this machine, and versions of installed packages."""
+"""NVIDIA GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses
 import shutil
 import subprocess
 
-__all__ = ["Gpu", "find_gpus", "installed_version"]
+from dllava_export.extras import installed_version
+
+__all__ = ["Gpu", "find_gpus"]
 
 _NVIDIA_SMI_SECONDS = 20
 _MAX_NAME_PARTS = 4  # name, memory, driver, compute capability
@@ -32,18 +34,6 @@ class Gpu:
 def find_gpus() -> tuple[Gpu, ...]:
     """Return the NVIDIA GPUs that can be seen, by nvidia-smi or else by PyTorch."""
     return _gpus_from_nvidia_smi() or _gpus_from_torch(installed_version("torch"))
-
-
-def installed_version(*distributions: str) -> str | None:
-    """Return the version of the first distribution that is installed, or None."""
-    from importlib.metadata import PackageNotFoundError, version  # takes its time to import
-
-    for name in distributions:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
 
 
 def _gpus_from_nvidia_smi() -> tuple[Gpu, ...]:

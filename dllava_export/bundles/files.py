@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllava_export.errors import BundleError
+from dllava_export.extras import installed_version
 
 if TYPE_CHECKING:
     import onnx
@@ -59,7 +59,9 @@ def tool_versions() -> dict[str, str]:
 
     versions = {"dllava-export": __version__}
     for tool in _TOOLS:
-        versions[tool] = importlib.metadata.version(tool)
+        found = installed_version(tool)
+        if found is not None:  # passes run without PyTorch
+            versions[tool] = found
     return versions
 
 

@@ -107,7 +107,7 @@ def validate(
     save_inputs: Path | None,
     **settings: Any,
 ) -> None:
-    r"""Compare what BUNDLE computes with what it should; exit code 1 if it does not.
+    """Compare what BUNDLE computes with what it should; exit code 1 if it does not.
 
     Prefill, decode steps and recompute are run on both sides, with the same tokens.
 
@@ -122,7 +122,7 @@ def validate(
 
     A token kept by one side alone is an error, unless its score is a near-tie (--margin). What
     follows a difference in kept tokens is measured too, not judged.
-    """
+    """  # noqa: D301  click wants a backspace
     from dllava_export import api
     from dllava_export.reporting.output_files import check_plot_format, write_text
 

@@ -43,7 +43,7 @@ class Chat:
 
     The first turn may bring a picture. Later ones feed their question alone: what was said
     before stays in the caches, pruned as it was. A session holds one conversation at a time:
-    any other use of it ends the chat.
+    any other use of it ends the chat. A new question ends an answer that is still streamed.
 
     Attributes:
         turns: What was said, oldest first.
@@ -52,6 +52,7 @@ class Chat:
     def __init__(self, session: DecodingSession) -> None:
         self._session = session
         self._num_prefills = -1
+        self._stream: Stream | None = None
         self.turns: list[Turn] = []
 
     def ask(
@@ -85,13 +86,14 @@ class Chat:
                 f"A chat keeps what was said in the KV cache, but mode is {chosen.mode!r}. Use "
                 "session.generate for single questions without a cache."
             )
+        if self._stream is not None:
+            self._stream.close()
         session = self._session
         if not self.turns:
             images = None if image is None else [image]
             ids = prompt_ids(session, [question], images, None)
             # The caches must hold all turns to come: what they do not use costs nothing.
             run = start_run(session, ids, images, _whole_context(session, chosen))
-            self._num_prefills = session.num_prefills + 1
         else:
             if image is not None:
                 raise InvalidInputError(
@@ -100,9 +102,15 @@ class Chat:
                 )
             self._check_own_caches()
             run = ExtendedRun(session, self._follow_up(question))
-        loop = GenerationLoop(session, run, chosen)
-        self.turns.append(Turn(question, loop.results[0]))
-        return Stream(loop)
+
+        def note_turn() -> None:
+            """A question that was never fed is no turn."""
+            self._num_prefills = session.num_prefills
+            self.turns.append(Turn(question, loop.results[0]))
+
+        loop = GenerationLoop(session, run, chosen, note_turn)
+        self._stream = Stream(loop)
+        return self._stream
 
     def _check_own_caches(self) -> None:
         if self._session.num_prefills != self._num_prefills:

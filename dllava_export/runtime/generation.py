@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,15 +146,20 @@ class GenerationLoop:
         session: Gives tokenizer and end ids.
         run: Gives logits.
         settings: How tokens are chosen.
+        on_start: Called when the prompts were fed.
 
     Attributes:
         results: One per sample; complete when `pieces` is exhausted.
     """
 
     def __init__(
-        self, session: DecodingSession, run: Run, settings: GenerationSettings
+        self,
+        session: DecodingSession,
+        run: Run,
+        settings: GenerationSettings,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
-        self._run = run
+        self._run, self._on_start = run, on_start
         self._sampler = settings.sampler()
         self._max_new_tokens = settings.max_new_tokens
         self._eos = set(session.eos_token_ids)
@@ -165,7 +171,7 @@ class GenerationLoop:
         self.results = [Generation() for _ in range(run.batch)]
         self._active = np.ones(run.batch, bool)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Generator[Piece, None, None]:
         """Generate until every sample is finished, and give each token as it comes.
 
         Closing the iterator ends the generation; what came until then stays in `results`.
@@ -174,6 +180,7 @@ class GenerationLoop:
         prefill_seconds = 0.0
         try:
             logits = self._run.start(self.results)
+            self._on_start()
             prefill_seconds = time.perf_counter() - start
             start = time.perf_counter()
             while True:
@@ -204,8 +211,8 @@ class GenerationLoop:
             decoder = self._decoders[sample]
             text = decoder.push(token) if decoder is not None else ""
             result.text += text
-            yield Piece(text, token, int(sample))
             self._active[sample] = len(result.token_ids) < self._max_new_tokens
+            yield Piece(text, token, int(sample))
 
 
 class Stream(Iterator[Piece]):
@@ -227,9 +234,9 @@ class Stream(Iterator[Piece]):
 
     def close(self) -> None:
         """End the generation; `result` keeps what came, with finish_reason `cancelled`."""
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            close()
+        if inspect.getgeneratorstate(self._pieces) == inspect.GEN_CREATED:
+            self.result.finish_reason = "cancelled"
+        self._pieces.close()
 
 
 class CachedRun(Run):

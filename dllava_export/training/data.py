@@ -16,16 +16,18 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from dllava_export.errors import InvalidInputError
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.images import ImageProcessor
 from dllava_export.prompts.tokenizer import ChatTokenizer
 from dllava_export.training.settings import BadRecordError, TrainingError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "IGNORED_LABEL",
@@ -116,6 +118,8 @@ class Batch:
             labels[row, :length] = sample.labels
             is_answer[row, sample.answer_start : length] = True
         pixels = [s.pixel_values for s in samples if s.pixel_values is not None]
+        import torch  # evaluation reads the same records without it
+
         return cls(
             names=tuple(sample.name for sample in samples),
             input_ids=torch.from_numpy(input_ids),

@@ -25,7 +25,8 @@ __all__ = ["argument_groups"]
 def argument_groups() -> list[BaseArgs]:
     """Return what polygraphy adds to its command line: one runner per backend."""
     # polygraphy tells groups apart by their type.
-    kinds = [type(name, (_BackendArgs,), {"backend": name}) for name in BACKENDS.names()]
+    names = [factory.name for factory in BACKENDS.usable()]
+    kinds = [type(name, (_BackendArgs,), {"backend": name}) for name in names]
     return [_OptionArgs(), *(kind() for kind in kinds)]
 
 
@@ -37,7 +38,7 @@ class _OptionArgs(BaseArgs):
     """dllava-export: running a bundle's graphs in the product's backends."""
 
     def add_parser_args_impl(self) -> None:
-        options = {o.flag: o for name in BACKENDS.names() for o in _offered(name)}
+        options = {o.flag: o for f in BACKENDS.usable() for o in f.cli_options()}
         for option in options.values():
             self.group.add_argument(
                 f"--dllava-{option.flag.removeprefix('--')}",

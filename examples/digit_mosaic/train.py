@@ -30,7 +30,7 @@ from stages import LOG_FILE, PLOT_FILE, Stage, Trainable, plot_log, run_stage
 from tower_task import Task, TowerTask
 
 from dllava_export.checkpoints.checkpoint import read_checkpoint
-from dllava_export.training import train_predictors
+from dllava_export.training.loop import train_predictors
 from dllava_export.training.model import build_model
 from dllava_export.training.output import write_checkpoint
 from dllava_export.training.settings import TrainingSettings

@@ -7,7 +7,8 @@ import pytest
 from distributions import installed
 
 from dllava_export.backends import gpus
-from dllava_export.backends.gpus import Gpu, find_gpus, installed_version
+from dllava_export.backends.gpus import Gpu, find_gpus
+from dllava_export.extras import installed_version
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError
 from dllava_export.precision import Precision
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = BenchSettings(
     prompt_text_len=10, decode_lengths=(0, 20), num_threads=1, rounds=1, decode_steps=1
 )

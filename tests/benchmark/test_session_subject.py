@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tolerances
 
 from dllava_export.benchmark.session_subject import DenseSubject, SparseSubject
 from dllava_export.benchmark.transformers_subject import DynamicCacheSubject
@@ -24,7 +25,7 @@ def test_dense_computes_what_transformers_computes(tiny_model, dense, batch_size
     for subject in (dense, other):
         subject.prepare(batch_size)
         subject.prefill()
-    np.testing.assert_allclose(dense.logits(), other.logits(), atol=1e-5)
+    np.testing.assert_allclose(dense.logits(), other.logits(), atol=tolerances.SAME_MODEL)
 
 
 def test_filling_starts_from_the_prompt_each_time(sparse):

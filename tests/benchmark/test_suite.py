@@ -12,6 +12,8 @@ from dllava_export.benchmark.results import SuiteReport
 from dllava_export.benchmark.subject import DENSE, SPARSE
 from dllava_export.errors import BackendError
 
+pytestmark = pytest.mark.slow
+
 MISSING = "llama.cpp"
 
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import places
 import pytest
+import tolerances
 from click.testing import CliRunner
 from golden import CASES, load_case
 
@@ -38,7 +39,9 @@ def test_scores_are_those_of_the_official_code(bundles, name):
         session.encode_images(case.images),
     )  # fmt: skip
     assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores, case.image_scores, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        scores, case.image_scores, rtol=tolerances.RELATIVE, atol=tolerances.SCORES
+    )
 
 
 @pytest.mark.parametrize("policy", ["predictor", "random", "uniform", "norm"])
@@ -61,7 +64,7 @@ def test_scores_of_half_precision(bundles):
         bundles.path("gqa", precision="fp16"), image=CAT, input_ids=IDS, max_new_tokens=1,
         num_threads=1,
     )  # fmt: skip
-    np.testing.assert_allclose(half.scores, full.scores, atol=0.3)
+    np.testing.assert_allclose(half.scores, full.scores, atol=tolerances.FLOAT16_SCORES)
 
 
 # Traces.
@@ -101,7 +104,9 @@ def test_the_picture_is_what_the_model_sees(bundles):
     processor = bundles.session("mha").image_processor
     assert found.picture.shape == (processor.size, processor.size, 3)
     bar = [int(255 * mean) / 255 for mean in processor.mean]
-    np.testing.assert_allclose(found.picture[0, 0], bar, atol=1e-5)  # padded to a square
+    np.testing.assert_allclose(
+        found.picture[0, 0], bar, atol=tolerances.SAME_MODEL
+    )  # padded to a square
     assert 0 <= found.picture.min() < 0.1
     assert 0.8 < found.picture.max() <= 1
 

@@ -17,6 +17,8 @@ import pytest
 from places import CAT, ROOT
 from policy_graphs import image_rows, image_scores, reference_scores
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "examples" / "02_custom_policy"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.search(r"```bash\n(.*?)```", README, re.DOTALL).group(1).splitlines()

@@ -6,6 +6,8 @@ import subprocess
 import pytest
 from places import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/run.sh"))
 ARTIFACTS = {
     "01_export_and_run": {"out", "out.png"},

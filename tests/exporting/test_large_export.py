@@ -13,6 +13,8 @@ from typing import Any
 import checkpoint_factory as factory
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import json, sys
 from dllava_export.cli import main

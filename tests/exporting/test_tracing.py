@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import tolerances
 import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
@@ -17,6 +18,8 @@ from dllava_export.bundles.files import save_models
 from dllava_export.checkpoints.checkpoint import Checkpoint, random_checkpoint, read_checkpoint
 from dllava_export.exporting.tracing import trace_decoder, trace_visual
 from dllava_export.exporting.weights import CHECKPOINT_LOCATION, attach_weights
+
+pytestmark = pytest.mark.slow
 
 WIDE = {
     "hidden_size": 64,
@@ -85,7 +88,12 @@ def test_decoder_equals_transformers(tmp_path, changes):
     model = trace_decoder(checkpoint, torch.float32)
     logits = run(checkpoint, model, inputs_embeds=embeds, position_ids=positions)
     # Two float32 kernels that sum in another order.
-    np.testing.assert_allclose(logits, llama_logits(checkpoint, embeds), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        logits,
+        llama_logits(checkpoint, embeds),
+        rtol=tolerances.RELATIVE,
+        atol=tolerances.SAME_MODEL,
+    )
 
 
 def test_visual_graph_equals_clip_and_projector(tmp_path):
@@ -104,7 +112,9 @@ def test_visual_graph_equals_clip_and_projector(tmp_path):
         states = tower(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
         expected = projector(states[-2][:, 1:]).numpy()
     assert features.shape == (3, checkpoint.spec.num_image_tokens, 64)
-    np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        features, expected, rtol=tolerances.RELATIVE, atol=tolerances.SAME_MODEL
+    )
 
 
 @pytest.fixture(scope="module")

@@ -398,6 +398,7 @@ def test_written_safetensors_can_be_loaded(tmp_path: Path) -> None:
         np.testing.assert_array_equal(mapped, loaded[name])
 
 
+@pytest.mark.slow
 def test_streaming_7b_tensors_needs_little_memory(tmp_path: Path) -> None:
     factory.make_sparse_7b(tmp_path / "in", num_layers=3)
     program = """

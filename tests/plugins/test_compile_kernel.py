@@ -19,6 +19,8 @@ from dllava_export.plugins.compile_kernel import (
     drop_scratch_parameters,
 )
 
+pytestmark = pytest.mark.slow
+
 SHAPES_SELECT = {"scores": (2, 640), "token_kind": (2, 640), "slots": (1, 179)}
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tolerances
 from PIL import Image
 
 from dllava_export.errors import InvalidInputError, UnsupportedModelError
@@ -50,7 +51,9 @@ def test_equals_clip_of_transformers(width, height):
     pixel_values = ImageProcessor.from_config(CLIP_336, "square")([image])
     assert pixel_values.shape == (1, 3, 336, 336)
     assert pixel_values.dtype == np.float32
-    np.testing.assert_allclose(pixel_values, reference(image, 336), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        pixel_values, reference(image, 336), rtol=0, atol=tolerances.PIXELS
+    )
 
 
 def test_pads_with_the_mean_colour_to_a_centred_square():
@@ -58,7 +61,7 @@ def test_pads_with_the_mean_colour_to_a_centred_square():
     square = Image.new("RGB", (50, 50), (122, 116, 104))
     square.paste(image, (0, 9))
     padded = ImageProcessor.from_config(CLIP_336, "pad")([image])
-    np.testing.assert_allclose(padded, reference(square, 336), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(padded, reference(square, 336), rtol=0, atol=tolerances.PIXELS)
 
 
 def test_pads_the_sides_of_a_tall_image():
@@ -91,7 +94,9 @@ def test_reads_old_and_new_config_forms_alike():
 def test_missing_values_are_those_of_clip():
     processor = ImageProcessor.from_config({}, None)
     image = picture(300, 260)
-    np.testing.assert_allclose(processor([image]), reference(image, 224), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        processor([image]), reference(image, 224), rtol=0, atol=tolerances.PIXELS
+    )
 
 
 def test_resizes_to_height_and_width_without_keeping_the_ratio():

@@ -13,8 +13,8 @@ from training_factory import (
     write_data,
 )
 
-from dllava_export.training import BadRecordError, TrainingError
 from dllava_export.training.data import Batch, DataOrder
+from dllava_export.training.settings import BadRecordError, TrainingError
 
 EOS, IGNORED = 2, -100
 

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tolerances
 import torch
 from golden import DATA, golden_shapes
 from training_factory import (
@@ -26,11 +27,10 @@ from dllava_export.families.predictors import (
     OutputTextPredictor,
     sample_keep_mask,
 )
-from dllava_export.training.settings import TrainingSettings
 from dllava_export.training.data import Batch
 from dllava_export.training.masked_attention import masked_softmax
 from dllava_export.training.model import build_model
-from dllava_export.training.settings import resolve_predictors
+from dllava_export.training.settings import TrainingSettings, resolve_predictors
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,9 @@ def test_masked_softmax_equals_the_formula(keep):
     causal = np.where(np.tri(5, dtype=bool), scores, -np.inf)
     tensor = torch.tensor(causal, dtype=torch.float32)[None, None]
     found = masked_softmax(tensor, torch.tensor([keep], dtype=torch.float32))[0, 0]
-    np.testing.assert_allclose(found.numpy(), reference_softmax(causal, keep), atol=1e-6)
+    np.testing.assert_allclose(
+        found.numpy(), reference_softmax(causal, keep), atol=tolerances.MASKED
+    )
 
 
 def test_masked_softmax_scales_by_the_largest_visible_score_dropped_or_not():
@@ -232,7 +234,9 @@ def test_a_sample_does_not_depend_on_its_batch(folder, batch):
     with torch.no_grad():
         both = model.decode(embeds, lambda _: keep)
         alone = model.decode(embeds[:1, :length], lambda _: keep[:1, :length])
-    torch.testing.assert_close(both[:1, :length], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        both[:1, :length], alone, atol=tolerances.TORCH, rtol=tolerances.TORCH
+    )
 
 
 def test_gradient_checkpointing_changes_nothing(folder, batch):
@@ -287,7 +291,9 @@ def test_a_mask_equals_pruned_rows_at_kept_positions(folder, batch):
             found = model.logits(masked[:, keep])
             expected = model.logits(pruned_hidden(model, embeds, keep, 2))
         assert not keep.all()
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            found, expected, atol=tolerances.TORCH, rtol=tolerances.TORCH
+        )
 
 
 def test_a_mask_equals_pruned_rows_with_shared_key_heads():
@@ -298,7 +304,7 @@ def test_a_mask_equals_pruned_rows_with_shared_key_heads():
     with torch.no_grad():
         masked = model.decode(embeds, lambda _: keep[None].float())[:, keep]
         expected = pruned_hidden(model, embeds, keep, model._predictors.sparse_layer)
-    torch.testing.assert_close(masked, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(masked, expected, atol=tolerances.TORCH, rtol=tolerances.TORCH)
 
 
 def test_tied_embeddings_are_trained_as_one(folder, tmp_path, batch):

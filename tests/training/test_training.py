@@ -27,22 +27,23 @@ from training_factory import (
 from word_tokenizer import save_tokenizer
 
 import dllava_export
-import dllava_export.training
 from dllava_export.checkpoints.checkpoint import random_checkpoint, read_checkpoint
 from dllava_export.cli import main
 from dllava_export.errors import BundleError
 from dllava_export.exporting.exporter import export_checkpoint
 from dllava_export.precision import FP32
-from dllava_export.training import (
+from dllava_export.training import loop
+from dllava_export.training.data import Batch
+from dllava_export.training.loop import train_predictors
+from dllava_export.training.model import build_model
+from dllava_export.training.settings import (
     BadRecordError,
     TrainingError,
     TrainingSettings,
-    loop,
-    train_predictors,
+    resolve_predictors,
 )
-from dllava_export.training.data import Batch
-from dllava_export.training.model import build_model
-from dllava_export.training.settings import resolve_predictors
+
+pytestmark = pytest.mark.slow
 
 __all__ = ["one_thread"]
 
@@ -407,7 +408,7 @@ def test_command_explains_what_is_wrong(folder, tmp_path):
 def test_command_has_the_defaults_of_the_settings(folder, data, tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(
-        dllava_export.training,
+        loop,
         "train_predictors",
         lambda checkpoint, data, out, settings, **_: found.append(settings),
     )

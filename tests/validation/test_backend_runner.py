@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tolerances
 from polygraphy.exception import PolygraphyException
 from polygraphy.json import load_json
 
@@ -63,7 +64,9 @@ def test_outputs_are_those_of_the_graph_on_disk(feeds, sparsity, use):
     assert list(found) == list(expected)
     for name, values in expected.items():
         assert found[name].dtype == values.dtype
-        np.testing.assert_allclose(found[name], values, atol=2e-4, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], values, atol=tolerances.GOLDEN, rtol=tolerances.DENSE, err_msg=name
+        )
 
 
 def test_inputs_stay_and_results_do_not_follow_the_next_run(feeds):
@@ -94,7 +97,9 @@ def test_larger_buffers_of_an_engine_are_cut_to_what_was_fed(feeds, monkeypatch)
     )
     found = infer(path / "llm/model.onnx", by_use["decoder_decode"])
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name], values, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], values, atol=tolerances.SAME_MODEL, err_msg=name
+        )
 
 
 def test_bf16_is_refused(feeds, tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tolerances
 
 from dllava_export import names
 from dllava_export.bundles import layout
@@ -29,7 +30,7 @@ def test_it_computes_what_the_product_does(bundles, lowered):
         lambda s: s.decode([5, 6], active=np.array([True, False])).logits[:1],
         lambda s: s.recompute(IDS, output_ids=np.array([[3], [4]])).logits,
     ):
-        np.testing.assert_allclose(run(session), run(expected), atol=1e-5)
+        np.testing.assert_allclose(run(session), run(expected), atol=tolerances.SAME_MODEL)
     np.testing.assert_array_equal(session.cache_lengths, expected.cache_lengths)
 
 
@@ -41,7 +42,7 @@ def test_a_further_prompt_goes_on_with_what_is_cached(bundles):
         each.decode([3, 4])
     more = [np.array([11, 12, 13]), np.array([14])]
     found = session.extend(more).logits
-    np.testing.assert_allclose(found, expected.extend(more).logits, atol=1e-5)
+    np.testing.assert_allclose(found, expected.extend(more).logits, atol=tolerances.SAME_MODEL)
 
 
 def test_inner_values_are_kept(bundles):

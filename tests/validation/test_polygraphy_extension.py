@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import shlex
 import subprocess
 import sys
@@ -7,7 +8,9 @@ import sys
 import pytest
 from planted import change_one_weight, plant
 
+from dllava_export.backends.registry import BACKENDS
 from dllava_export.validation.graph_inputs import save_graph_inputs
+from dllava_export.validation.polygraphy_extension import argument_groups
 from dllava_export.validation.settings import ValidationSettings
 
 # The script `polygraphy` need not be on the PATH, and the package has no `__main__`.
@@ -75,6 +78,21 @@ def test_help_lists_every_backend():
     done = polygraphy("run", "--help")
     for option in ("onnxruntime", "tensorrt", "tensorrt-rtx", "provider {cpu,cuda}"):
         assert f"--dllava-{option}" in done.stdout
+
+
+def test_a_broken_package_does_not_hide_the_backends(packages, caplog):
+    packages.install(BACKENDS.group, "mine", "Mine", source="import nowhere")
+    groups = argument_groups()
+    parser = argparse.ArgumentParser()
+    groups[0].group = parser
+    groups[0].add_parser_args_impl()
+    assert "--dllava-provider" in parser.format_help()
+    assert [group.get_name_opt_impl()[1] for group in groups[1:]] == [
+        "dllava-onnxruntime",
+        "dllava-tensorrt-rtx",
+        "dllava-tensorrt",
+    ]
+    assert "Backend 'mine' of package p 1.5 cannot be loaded" in caplog.text
 
 
 def test_a_generated_script_says_where_it_computes(bundles):

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllava_export.backends.factory import BackendFactory, BackendStatus, option
-from dllava_export.backends.gpus import Gpu, installed_version
+from dllava_export.backends.gpus import Gpu
 from dllava_export.backends.ort.providers import PROVIDERS
+from dllava_export.extras import installed_version
 
 if TYPE_CHECKING:
     from dllava_export.backends.backend import Backend

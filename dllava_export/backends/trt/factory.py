@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllava_export.backends.factory import BackendFactory, BackendStatus
-from dllava_export.backends.gpus import Gpu, installed_version
+from dllava_export.backends.gpus import Gpu
 from dllava_export.backends.trt.trt_module import (
     TENSORRT,
     TENSORRT_RTX,
@@ -16,6 +16,7 @@ from dllava_export.backends.trt.trt_module import (
     trt_module,
 )
 from dllava_export.errors import BackendError
+from dllava_export.extras import installed_version
 from dllava_export.settings import settings_from
 
 if TYPE_CHECKING:

@@ -124,15 +124,15 @@ def test_they_may_decide_about_text(policy_packages) -> None:
 @pytest.mark.parametrize(
     ("entry", "source", "message"),
     [
-        pytest.param("Mine", "import nowhere", "cannot be loaded from policy_package_p:Mine "
+        pytest.param("Mine", "import nowhere", "cannot be loaded from module_of_p:Mine "
                      "(ModuleNotFoundError: No module named 'nowhere')", id="import"),
-        pytest.param("Mine", "1 / 0", "cannot be loaded from policy_package_p:Mine "
+        pytest.param("Mine", "1 / 0", "cannot be loaded from module_of_p:Mine "
                      "(ZeroDivisionError: division by zero)", id="any error"),
-        pytest.param("Mine", "", "cannot be loaded from policy_package_p:Mine (AttributeError: ",
+        pytest.param("Mine", "", "cannot be loaded from module_of_p:Mine (AttributeError: ",
                      id="no such object"),
-        pytest.param("Policy", None, "cannot be loaded from policy_package_p:Policy (TypeError: ",
+        pytest.param("Policy", None, "cannot be loaded from module_of_p:Policy (TypeError: ",
                      id="abstract"),
-        pytest.param("number", None, "is policy_package_p:number, a int; expected a subclass or "
+        pytest.param("number", None, "is module_of_p:number, a int; expected a subclass or "
                      "an instance of dllava_export.passes.policies.base.Policy.", id="no policy"),
     ],
 )  # fmt: skip

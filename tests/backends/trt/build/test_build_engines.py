@@ -19,6 +19,8 @@ from dllava_export.backends.trt.engine_config import (
 from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError, BundleError, EngineBuildError
 
+pytestmark = pytest.mark.slow
+
 BACKEND = "tensorrt-rtx"
 OPS = {"GatherLastToken", "GatherTokens", "KVCacheAttention", "PredictorHead", "SelectTokens"}
 

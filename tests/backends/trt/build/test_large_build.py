@@ -14,6 +14,8 @@ from dllava_export.checkpoints.checkpoint import read_checkpoint
 from dllava_export.cli import main
 from dllava_export.exporting.exporter import export_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CODE = "import sys; from dllava_export.cli import main; main(sys.argv[1:])"
 SIZES = ["--max-input-len", "640", "--max-kv-cache-capacity", "1025"]
 MIB = 2**20
