@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from dllava_export.backends.registry import DEFAULT_BACKEND
+from dllava_export.boundary import raises_expected_errors_only
 from dllava_export.extras import missing_packages_explained
 from dllava_export.settings import settings_from
 
@@ -58,6 +59,7 @@ def _needs_extra(extra: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorated
 
 
+@raises_expected_errors_only
 @_needs_extra("export")
 def export(
     checkpoint: StrPath | Checkpoint,
@@ -137,6 +139,7 @@ def export(
     )
 
 
+@raises_expected_errors_only
 @_needs_extra("export")
 def sparsify(
     dense: StrPath,
@@ -194,6 +197,7 @@ def sparsify(
     )
 
 
+@raises_expected_errors_only
 @_needs_extra("export")
 def build(
     bundle: StrPath,
@@ -228,6 +232,7 @@ def build(
     return factory.build(Path(bundle), settings, dry_run=dry_run, progress=progress)
 
 
+@raises_expected_errors_only
 @_needs_extra("export")
 def validate(
     bundle: StrPath, *, image: str | None = None, prompt: str | None = None, **settings: Any
@@ -259,6 +264,7 @@ def validate(
     return validate_bundle(bundle, chosen, image=image, prompt=prompt)
 
 
+@raises_expected_errors_only
 def evaluate(
     bundles: StrPath | Sequence[StrPath],
     data: StrPath,
@@ -307,6 +313,7 @@ def evaluate(
     )
 
 
+@raises_expected_errors_only
 def inspect(
     bundle: StrPath,
     *,
@@ -339,6 +346,7 @@ def inspect(
     )
 
 
+@raises_expected_errors_only
 def plan(bundle: StrPath, **request: Any) -> MemoryPlan:
     """Work out what a bundle takes of a GPU's memory, and the largest batch that fits.
 
@@ -359,6 +367,7 @@ def plan(bundle: StrPath, **request: Any) -> MemoryPlan:
     return plan_memory(bundle, settings_from(PlanRequest, request))
 
 
+@raises_expected_errors_only
 @_needs_extra("export")
 def bench(bundle: StrPath, *, progress: bool = False, **settings: Any) -> BenchReport:
     """Time a bundle against its dense form and transformers, in one run, interleaved.
@@ -382,6 +391,7 @@ def bench(bundle: StrPath, *, progress: bool = False, **settings: Any) -> BenchR
     return run_bench(bundle, settings_from(BenchSettings, settings), progress=progress)
 
 
+@raises_expected_errors_only
 def visualize(
     bundle: StrPath,
     output: StrPath,
@@ -433,6 +443,7 @@ def visualize(
     return trace
 
 
+@raises_expected_errors_only
 @_needs_extra("train")
 def train_predictors(
     checkpoint: StrPath | Checkpoint,

@@ -15,6 +15,7 @@ __all__ = [
     "PreconditionError",
     "RegistryError",
     "SettingError",
+    "UnexpectedError",
     "UnsupportedModelError",
 ]
 
@@ -41,6 +42,10 @@ class CheckpointError(DllavaExportError):
 
 class UnsupportedModelError(DllavaExportError):
     """The checkpoint or graph is readable, but of a kind this toolkit does not handle."""
+
+
+class UnexpectedError(DllavaExportError):
+    """What nobody thought of: a defect, or a machine without memory; its cause is the error."""
 
 
 class PreconditionError(DllavaExportError):

@@ -8,6 +8,9 @@ from dllava_export.errors import SettingError
 
 __all__ = ["Geometry", "PredictorConfig", "PredictorGeometry"]
 
+_MAX_SIZE = 1 << 16
+_MAX_SIZES = {"num_layers": 1 << 8}
+
 
 @dataclasses.dataclass(frozen=True)
 class PredictorGeometry:
@@ -85,6 +88,10 @@ class PredictorConfig:
             if not (type(value) is int and value >= 1):
                 raise SettingError(
                     f"{name} must be a whole number of at least 1, got {value!r}."
+                )
+            if value > _MAX_SIZES.get(name, _MAX_SIZE):
+                raise SettingError(
+                    f"{name} must be at most {_MAX_SIZES.get(name, _MAX_SIZE)}, got {value}."
                 )
         if self.d_model % self.nhead or self.d_model % 4:
             raise SettingError(

@@ -28,7 +28,8 @@ from dllava_export.checkpoints.files import (
 )
 from dllava_export.checkpoints.tensor_source import DTYPE_NAMES, RandomSource, TensorSource
 from dllava_export.errors import CheckpointError
-from dllava_export.families.config_file import read_json
+from dllava_export.families.config_file import check_kinds, read_json
+from dllava_export.families.config_kinds import CONFIG_KINDS, PREPROCESSOR_KINDS, below
 from dllava_export.families.family import Family, Layout, ModelSpec, OutsideTower
 from dllava_export.families.registry import detect_family
 from dllava_export.precision import (
@@ -139,11 +140,13 @@ def read_checkpoint(
         SettingError: If `num_decoder_layers` is not in 1..num_hidden_layers.
     """
     path = resolve_folder(location)
-    config = read_json(path / "config.json", "a checkpoint")
+    config = read_json(path / "config.json", "a checkpoint", kinds=CONFIG_KINDS)
     family, layout = detect_family(config)
+    check_kinds(config, family.config_kinds, str(path / "config.json"))
     stored = read_tensors(path)
     described = _describe(path, config, family, layout, stored, num_decoder_layers)
     spec, tower = described.spec, described.tower
+    _check_number_of_layers(path, spec, len(stored))
     renames = family.renames(config, layout, stored)
     inside = expected_shapes(spec)
     if tower is None or tower.is_inside:
@@ -158,6 +161,16 @@ def read_checkpoint(
     weights = read_tensors(tower.folder)
     tensors |= checked_tensors(weights, tower.folder, tower.place.renames, outside)
     return _checkpoint(described, tensors)
+
+
+def _check_number_of_layers(path: Path, spec: ModelSpec, num_tensors: int) -> None:
+    """Refuse more layers than tensors, before every layer's tensors are listed."""
+    if spec.num_stored_layers > num_tensors:
+        raise CheckpointError(
+            f"config.json of {path} has num_hidden_layers {spec.num_stored_layers}, its weight "
+            f"files hold {num_tensors} tensors, expected several for each layer. "
+            "Use the config.json that was saved with these weights, or restore them."
+        )
 
 
 def random_checkpoint(
@@ -177,8 +190,9 @@ def random_checkpoint(
         SettingError: If `num_decoder_layers` is not in 1..num_hidden_layers.
     """
     file = Path(config_json)
-    config = read_json(file, "a folder with a configuration")
+    config = read_json(file, "a folder with a configuration", kinds=CONFIG_KINDS)
     family, layout = detect_family(config, bare_decoder=True)
+    check_kinds(config, family.config_kinds, str(file))
     described = _describe(file.parent, config, family, layout, None, num_decoder_layers)
     dtype = _config_dtype(config)
     tensors: dict[str, TensorSource] = {
@@ -294,7 +308,7 @@ def _find_tower(place: OutsideTower, path: Path, keys: Iterable[str] | None) -> 
                 "Expected the vision tower there. Put it there, or correct config.json."
             )
         folder = download_config(name) if is_inside else download(name)
-    config = read_json(folder / "config.json", "a vision tower")
+    config = read_json(folder / "config.json", "a vision tower", kinds=CONFIG_KINDS)
     return _Tower(place, config, folder, is_inside)
 
 
@@ -304,9 +318,11 @@ def _read_preprocessor(path: Path, tower: _Tower | None) -> dict[str, Any] | Non
         if folder is None:
             continue
         if (folder / "preprocessor_config.json").is_file():
-            return read_json(folder / "preprocessor_config.json", "a checkpoint")
+            file = folder / "preprocessor_config.json"
+            return read_json(file, "a checkpoint", kinds=PREPROCESSOR_KINDS)
         if (folder / "processor_config.json").is_file():
-            nested = read_json(folder / "processor_config.json", "a checkpoint")
-            if isinstance(nested.get("image_processor"), dict):
+            kinds = below("image_processor", PREPROCESSOR_KINDS)
+            nested = read_json(folder / "processor_config.json", "a checkpoint", kinds=kinds)
+            if nested.get("image_processor") is not None:
                 return nested["image_processor"]
     return None

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from dllava_export.checkpoints.tensor_source import (
     TensorSource,
+    check_number_of_tensors,
     safetensors_sources,
     torch_sources,
 )
 from dllava_export.errors import CheckpointError
 from dllava_export.families.config_file import read_json
+from dllava_export.families.config_kinds import OBJECT
 
 __all__ = ["HUB_ID", "download", "download_config", "read_tensors", "resolve_folder"]
 
@@ -91,9 +93,15 @@ def read_tensors(folder: Path) -> dict[str, TensorSource]:
         tensors: dict[str, TensorSource] = {}
         for shard in sorted(set(weight_map.values())):
             stored = read(folder / shard)
-            tensors |= {
-                key: stored[key] for key in stored if weight_map.get(key, shard) == shard
-            }
+            twice = next((key for key in stored if key in tensors), None)
+            if twice is not None:
+                raise CheckpointError(
+                    f"{folder / shard} holds the tensor {twice!r}, as "
+                    f"{(tensors[twice].file or folder).name} does, expected it in one file. "
+                    "Restore the files."
+                )
+            tensors |= stored
+            check_number_of_tensors(folder, len(tensors))
         return tensors
     is_adapter = (folder / "adapter_config.json").is_file()
     remedy = (
@@ -107,8 +115,9 @@ def read_tensors(folder: Path) -> dict[str, TensorSource]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Return key → shard name of an index file; every shard is there."""
-    weight_map = read_json(index, "a checkpoint").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    values = read_json(index, "a checkpoint", kinds={"weight_map": (OBJECT,)})
+    weight_map = values.get("weight_map")
+    if not weight_map:
         raise CheckpointError(
             f"{index} has no weight_map, expected key → file name. Restore the file."
         )

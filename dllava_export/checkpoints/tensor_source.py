@@ -9,12 +9,10 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
-import json
 import math
-import pickle
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from dllava_export.errors import CheckpointError
+from dllava_export.json_text import parse_json
 from dllava_export.precision import NUMBER_FORMATS
 
 if TYPE_CHECKING:
@@ -32,16 +31,20 @@ __all__ = [
     "CHUNK_BYTES",
     "DTYPE_NAMES",
     "IGNORED_KEYS",
+    "MAX_TENSORS",
     "FileLocation",
     "RandomSource",
     "SafetensorsSource",
     "TensorSource",
     "TorchSource",
+    "check_number_of_tensors",
     "safetensors_sources",
     "torch_sources",
 ]
 
 CHUNK_BYTES = 16 << 20
+MAX_TENSORS = 100_000
+_MAX_HEADER_BYTES = 100_000_000
 
 # Buffers that older versions of transformers stored; none of them is a weight.
 IGNORED_KEYS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
@@ -224,8 +227,13 @@ def _read_safetensors_header(path: Path) -> tuple[dict[str, Any], int, int]:
                     f"{length} bytes, the file has {max(0, size - 8)} after the length field. "
                     "Download it again."
                 )
+            if length > _MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path} has a header of {length} bytes, expected at most "
+                    f"{_MAX_HEADER_BYTES}, the limit of the format. Download it again."
+                )
             text = file.read(length)
-        header = json.loads(text)
+        header = parse_json(text, unique_keys=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Expected a file.") from error
     except ValueError as error:
@@ -239,59 +247,102 @@ def _read_safetensors_header(path: Path) -> tuple[dict[str, Any], int, int]:
             "expected an object. Download it again."
         )
     header.pop("__metadata__", None)
+    check_number_of_tensors(path, len(header))
     return header, 8 + length, size - 8 - length
 
 
-def _entry_fields(
-    path: Path, key: str, entry: object
-) -> tuple[str, tuple[int, ...], int, int]:
-    """Return dtype name, shape, begin and end of a header entry; the end is exclusive."""
+def check_number_of_tensors(path: Path, number: int) -> None:
+    """Refuse more tensors than `MAX_TENSORS`.
+
+    Raises:
+        CheckpointError: If there are more.
+    """
+    if number > MAX_TENSORS:
+        raise CheckpointError(
+            f"{path} lists {number} tensors, expected at most {MAX_TENSORS}: a 13B model has "
+            "800. Name the checkpoint itself."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One tensor of a safetensors header; `end` is exclusive."""
+
+    key: str
+    dtype_name: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _header_entry(path: Path, key: str, entry: object) -> _Entry:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
     if isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list):
         numbers = [*shape, *offsets]
-        if len(offsets) == 2 and all(type(n) is int and n >= 0 for n in numbers):
-            return dtype, tuple(shape), offsets[0], offsets[1]
+        if len(offsets) == 2 and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+            return _Entry(key, dtype, tuple(shape), offsets[0], offsets[1])
     raise CheckpointError(
-        f"{path} is corrupt: the header entry of '{key}' is {entry!r}, expected dtype, shape "
-        "and data_offsets. Download it again."
+        f"{path} is corrupt: the header entry of {key!r} is {str(entry)[:200]}, expected dtype, "
+        "shape and data_offsets. Download it again."
     )
+
+
+def _check_places(path: Path, entries: Iterable[_Entry], num_data_bytes: int) -> None:
+    """Check that tensors lie end to end and fill the data: no overlap, no hole, no rest."""
+    position, before = 0, "the start of the data"
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+        if entry.end > num_data_bytes:
+            raise CheckpointError(
+                f"{path} is truncated: tensor {entry.key!r} ends at byte {entry.end} of the "
+                f"data, the file has {num_data_bytes} bytes of data. Download it again."
+            )
+        if entry.begin != position or entry.end < entry.begin:
+            what = "overlaps" if entry.begin < position else "leaves a hole behind"
+            raise CheckpointError(
+                f"{path} is corrupt: tensor {entry.key!r} at bytes {entry.begin} to {entry.end} "
+                f"{what} {before}, expected it to start at byte {position}. Download it again."
+            )
+        position, before = entry.end, f"tensor {entry.key!r}"
+    if position != num_data_bytes:
+        raise CheckpointError(
+            f"{path} is corrupt: its tensors end at byte {position}, the file has "
+            f"{num_data_bytes} bytes of data, expected no more than the tensors. "
+            "Download it again."
+        )
 
 
 def safetensors_sources(path: Path) -> dict[str, TensorSource]:
     """Read the header of a `.safetensors` file.
 
-    Keys that match `IGNORED_KEYS` are left out.
+    Keys that match `IGNORED_KEYS` are left out. A header is refused that `safetensors` itself
+    refuses: keys that stand twice, tensors that overlap or leave holes.
 
     Raises:
         CheckpointError: If the file is truncated, corrupt, or holds a type other than float32,
             float16 and bfloat16.
     """
     header, data_start, num_data_bytes = _read_safetensors_header(path)
+    entries = [_header_entry(path, key, entry) for key, entry in header.items()]
+    _check_places(path, entries, num_data_bytes)
     sources: dict[str, TensorSource] = {}
-    for key, entry in header.items():
-        dtype_name, shape, begin, end = _entry_fields(path, key, entry)
-        if end > num_data_bytes:
-            raise CheckpointError(
-                f"{path} is truncated: tensor '{key}' ends at byte {end} of the data, the "
-                f"file has {num_data_bytes} bytes of data. Download it again."
-            )
-        if IGNORED_KEYS.search(key):
+    for entry in entries:
+        if IGNORED_KEYS.search(entry.key):
             continue
-        dtype = DTYPE_NAMES.get(dtype_name)
+        dtype = DTYPE_NAMES.get(entry.dtype_name)
         if dtype is None:
             raise CheckpointError(
-                f"{path}: tensor '{key}' is {dtype_name}, expected "
+                f"{path}: tensor {entry.key!r} is {entry.dtype_name}, expected "
                 f"{', '.join(DTYPE_NAMES)}. Use a checkpoint that is not quantised."
             )
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if end - begin != num_bytes:
+        num_bytes = math.prod(entry.shape) * dtype.itemsize
+        if entry.end - entry.begin != num_bytes:
             raise CheckpointError(
-                f"{path} is corrupt: tensor '{key}' has {end - begin} bytes, {dtype_name} "
-                f"{list(shape)} needs {num_bytes}. Download it again."
+                f"{path} is corrupt: tensor {entry.key!r} has {entry.end - entry.begin} bytes, "
+                f"{entry.dtype_name} {list(entry.shape)} needs {num_bytes}. Download it again."
             )
-        location = FileLocation(path, data_start + begin, num_bytes)
-        sources[key] = SafetensorsSource(key, dtype, shape, location)
+        location = FileLocation(path, data_start + entry.begin, num_bytes)
+        sources[entry.key] = SafetensorsSource(entry.key, dtype, entry.shape, location)
     return sources
 
 
@@ -308,7 +359,8 @@ def torch_sources(path: Path) -> dict[str, TensorSource]:
 
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    # What torch raises for a damaged archive or pickle is of every kind.
+    except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path} cannot be mapped: {reason}. Expected a state dict in the zip format of "
@@ -319,20 +371,35 @@ def torch_sources(path: Path) -> dict[str, TensorSource]:
             f"{path} holds a {type(state).__name__}, expected a dict of tensors. "
             "Save the model's state_dict()."
         )
+    check_number_of_tensors(path, len(state))
     dtypes = {known.torch: known.numpy for known in NUMBER_FORMATS.values()}
     sources: dict[str, TensorSource] = {}
     for key, tensor in state.items():
+        if not isinstance(key, str):
+            raise CheckpointError(
+                f"{path} has the key {str(key)[:60]} of type {type(key).__name__}, expected "
+                "names of tensors. Save the model's state_dict()."
+            )
         if IGNORED_KEYS.search(key):
             continue
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(
-                f"{path}: '{key}' is a {type(tensor).__name__}, expected a tensor. "
+                f"{path}: {key!r} is a {type(tensor).__name__}, expected a tensor. "
                 "Save the model's state_dict()."
             )
-        if tensor.dtype not in dtypes:
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not is_plain or tensor.is_quantized or tensor.dtype not in dtypes:
+            kind = "" if is_plain else f", {tensor.layout}, on {tensor.device}"
             raise CheckpointError(
-                f"{path}: tensor '{key}' is {tensor.dtype}, expected "
-                f"{', '.join(map(str, dtypes))}. Use a checkpoint that is not quantised."
+                f"{path}: tensor {key!r} is {tensor.dtype}{kind}, expected values of "
+                f"{', '.join(map(str, dtypes))} in the file. Use a checkpoint that is not "
+                "quantised or sparse."
+            )
+        num_bytes, stored = tensor.nbytes, tensor.untyped_storage().nbytes()
+        if num_bytes > stored:
+            raise CheckpointError(
+                f"{path}: tensor {key!r} repeats {stored} bytes as {num_bytes}, expected all "
+                "values in the file. Save contiguous tensors."
             )
         sources[key] = TorchSource(
             key, dtypes[tensor.dtype], tuple(tensor.shape), None, path, tensor

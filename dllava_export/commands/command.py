@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import click
 
-from dllava_export.errors import DllavaExportError
+from dllava_export.boundary import expected_errors_only
+from dllava_export.errors import DllavaExportError, UnexpectedError
 from dllava_export.extras import missing_packages_explained
 from dllava_export.reporting.resources import ResourceUsage, measure_resources
 
@@ -18,9 +20,10 @@ _PROFILE = "dllava_export.profile"
 class Command(click.Command):
     """A command that reports expected errors as one message, and what it took.
 
-    The message holds the error, and the pass that raised it. Unexpected errors keep their
-    traceback. The epilog is one example, kept as it is written. Time, memory and bytes written
-    are a line on stderr, after the result; every command has `--profile`, which adds the stages.
+    The message holds the error, and the pass that raised it. An error that nobody thought of
+    shows its traceback before it. The epilog is one example, kept as it is written. Time,
+    memory and bytes written are a line on stderr, after the result; every command has
+    `--profile`, which adds the stages.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -57,10 +60,16 @@ class Command(click.Command):
         return result
 
     def _invoke_with_messages(self, ctx: click.Context) -> Any:
+        others = (click.ClickException, click.exceptions.Exit, click.Abort)
         try:
-            with missing_packages_explained(ctx.command_path):
+            with (
+                expected_errors_only(ctx.command_path, others=others),
+                missing_packages_explained(ctx.command_path),
+            ):
                 return super().invoke(ctx)
         except DllavaExportError as error:
+            if isinstance(error, UnexpectedError):
+                click.echo("".join(traceback.format_exception(error.__cause__)), err=True)
             message = " ".join([str(error), *(f"({note})" for note in _notes(error))])
             raise click.ClickException(message) from error
 

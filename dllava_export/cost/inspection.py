@@ -88,7 +88,7 @@ class InspectionReport:
         """Return the report as aligned plain text."""
         heading = [
             ("Model", self._describe_model()),
-            ("Sparsity", self._describe_sparsity()),
+            ("Sparsity", self.describe_sparsity()),
             (
                 "Request",
                 f"{self.prompt_text_len} text tokens, {self.geometry.num_image_tokens} image "
@@ -129,7 +129,8 @@ class InspectionReport:
             f"{geometry.head_dim}, {self.precision.cache.num_bytes} bytes per value"
         )
 
-    def _describe_sparsity(self) -> str:
+    def describe_sparsity(self) -> str:
+        """Return the sparsity in words: what is pruned, after which layer, at which ratio."""
         if self.sparsity.is_dense:
             return "none: a dense decoder"
         stored = "all generated tokens"

@@ -80,5 +80,5 @@ def _add_legend(axes: Any, totals: Sequence[str]) -> None:
 def _plot_title(report: InspectionReport) -> str:
     return (
         f"{report.prompt_text_len} text tokens, one image; "
-        f"{report._describe_sparsity().replace('; ', ', ')}"
+        f"{report.describe_sparsity().replace('; ', ', ')}"
     )

@@ -28,6 +28,7 @@ from dllava_export.evaluation.questions import (
 from dllava_export.evaluation.report import Answer, BundleResult, EvaluationReport, KVUse
 from dllava_export.evaluation.settings import EvaluationSettings
 from dllava_export.families.config_file import read_json
+from dllava_export.families.config_kinds import PREPROCESSOR_KINDS
 from dllava_export.prompts.images import ImageProcessor, read_image
 from dllava_export.prompts.tokenizer import ChatTokenizer
 
@@ -131,7 +132,12 @@ class _Reader:
         if manifest.has_visual:
             config = path / layout.VISUAL_FOLDER / "preprocessor_config.json"
             processor = ImageProcessor.from_config(
-                read_json(config, "the visual part of a bundle", BundleError),
+                read_json(
+                    config,
+                    "the visual part of a bundle",
+                    BundleError,
+                    kinds=PREPROCESSOR_KINDS,
+                ),
                 manifest.image_aspect_ratio,
             )
         return cls(path, manifest, tokenizer, processor)

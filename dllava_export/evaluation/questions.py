@@ -13,13 +13,13 @@ and question files:
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dllava_export.errors import DllavaExportError
+from dllava_export.json_text import parse_json
 from dllava_export.names import IMAGE_PLACEHOLDER
 
 __all__ = [
@@ -98,14 +98,14 @@ def skip_or_raise(error: EvaluationError, skipped: list[str] | None) -> None:
 def _read_entries(path: Path) -> list[Any]:
     """Return the records of a JSON list, or of one JSON object per line."""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(
             f"{path} cannot be read ({error}), expected questions in JSON. Check the path."
         ) from error
     if content.lstrip().startswith("["):
         try:
-            return json.loads(content)
+            return parse_json(content)
         except ValueError as error:
             raise EvaluationError(
                 f"{path} cannot be read as JSON ({error}), expected a list of records. Restore "
@@ -117,7 +117,7 @@ def _read_entries(path: Path) -> list[Any]:
 def _parse_line(line: str) -> Any:
     """Return the record of a line, or what is wrong with it: only this record is bad."""
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
         return error
 

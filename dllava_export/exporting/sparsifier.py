@@ -29,6 +29,7 @@ from dllava_export.exporting.options import (
 from dllava_export.exporting.report import ExportReport
 from dllava_export.exporting.transform import transform_decoder
 from dllava_export.families.config_file import read_json
+from dllava_export.families.config_kinds import DECODER_KINDS
 from dllava_export.families.llava import predictor_config
 from dllava_export.geometry import Geometry, PredictorConfig, PredictorGeometry
 from dllava_export.passes.policies.registry import POLICIES
@@ -206,7 +207,9 @@ def _training_of(manifest: Manifest, llm: Path, weights: onnx.ModelProto) -> Pre
     config_file = llm / "config.json"
     config = None
     if config_file.is_file():
-        config = predictor_config(read_json(config_file, "the decoder of a bundle"))
+        config = predictor_config(
+            read_json(config_file, "the decoder of a bundle", BundleError, kinds=DECODER_KINDS)
+        )
     sizes = manifest.geometry.predictor
     if config is not None and _sizes(config) == sizes:
         return config
@@ -327,7 +330,8 @@ def _from_onnx(path: Path, llm: Path, writer: BundleWriter) -> _DenseDecoder:
         layout="onnx",
         precision=precision,
         geometry=_geometry(path, graph),
-        max_position_embeddings=config.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS),
+        max_position_embeddings=config.get("max_position_embeddings")
+        or _DEFAULT_MAX_POSITIONS,
         sparsity=DENSE,
         image_token_id=names.IMAGE_PLACEHOLDER_ID,
         image_aspect_ratio="square",
@@ -349,10 +353,10 @@ def _copy_config(path: Path, llm: Path) -> tuple[dict[str, Any], tuple[str, ...]
     for name in _CONFIG_FILES:
         file = path.parent / name
         if file.is_file():
-            values = read_json(file, "the folder of a decoder")
-            config |= values.get("text_config", {}) | values
+            values = read_json(file, "the folder of a decoder", kinds=DECODER_KINDS)
+            config |= (values.get("text_config") or {}) | values
             shutil.copyfile(file, llm / name)
-    if "max_position_embeddings" in config:
+    if config.get("max_position_embeddings") is not None:
         return config, ()
     warning = (
         f"{path.parent} has no config.json with max_position_embeddings: a context of "

@@ -14,7 +14,8 @@ from transformers.activations import ACT2FN
 
 from dllava_export import names
 from dllava_export.errors import CheckpointError, UnsupportedModelError
-from dllava_export.families.config_file import check_sizes, transformers_config
+from dllava_export.families.config_file import check_kinds, check_sizes, transformers_config
+from dllava_export.families.config_kinds import CLIP_KINDS
 from dllava_export.families.family import Renames, Traceable
 
 __all__ = [
@@ -51,18 +52,7 @@ CLIP_FACTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-CLIP_KEYS = (
-    "hidden_act",
-    "hidden_size",
-    "image_size",
-    "intermediate_size",
-    "layer_norm_eps",
-    "num_attention_heads",
-    "num_channels",
-    "num_hidden_layers",
-    "patch_size",
-    "projection_dim",
-)
+CLIP_KEYS = tuple(CLIP_KINDS)
 
 
 # The folder of a tower may hold a whole CLIP model, with a text tower.
@@ -72,6 +62,7 @@ CLIP_RENAMES = Renames(
 )
 """How the folder of a CLIP model spells the names of transformers' `CLIPVisionModel`."""
 
+_MAX_PATCHES = 1 << 16
 _IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
 _IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -114,14 +105,21 @@ def vision_config(values: Mapping[str, Any], origin: str) -> CLIPVisionConfig:
             f"The vision tower of {origin} is of type {model_type!r}, expected "
             "'clip_vision_model'. Use a checkpoint with a CLIP vision tower."
         )
+    check_kinds(values, CLIP_KINDS, f"The vision configuration of {origin}")
     known = {key: values[key] for key in CLIP_KEYS if key in values}
     result = transformers_config(CLIPVisionConfig, f"vision configuration of {origin}", known)
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_channels",
+    )
     check_sizes("The vision configuration", result, (*sizes, "image_size", "patch_size"))
-    if num_patches(result) < 1:
+    if not 1 <= num_patches(result) <= _MAX_PATCHES:
         raise CheckpointError(
             f"The vision configuration of {origin} has image_size {result.image_size} and "
-            f"patch_size {result.patch_size}, expected at least one patch. "
+            f"patch_size {result.patch_size}, expected 1 to {_MAX_PATCHES} patches. "
             "Restore config.json."
         )
     return result

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from dllava_export import names
+from dllava_export.families.config_kinds import Kinds
 from dllava_export.families.positions import PositionRule, SequentialPositions
 from dllava_export.geometry import Geometry, PredictorConfig, PredictorGeometry
 
@@ -261,6 +262,8 @@ class Family(abc.ABC):
         architectures: `architectures` of the configurations it reads, for messages.
         positions: Its position rule.
         row_inputs: What the decoder reads for each row besides embeddings and `position_ids`.
+        config_kinds: What the values of its `config.json` may be, as for
+            `config_file.check_kinds`: checked before anything else is asked of the family.
     """
 
     name: ClassVar[str]
@@ -268,6 +271,7 @@ class Family(abc.ABC):
     architectures: ClassVar[tuple[str, ...]]
     positions: ClassVar[PositionRule] = SequentialPositions()
     row_inputs: ClassVar[tuple[RowInput, ...]] = ()
+    config_kinds: ClassVar[Kinds] = {}
 
     @abc.abstractmethod
     def detect(

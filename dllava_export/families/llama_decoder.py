@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dllava_export import names
 from dllava_export.errors import CheckpointError, SettingError, UnsupportedModelError
-from dllava_export.families.config_file import check_sizes, transformers_config
+from dllava_export.families.config_file import check_kinds, check_sizes, transformers_config
+from dllava_export.families.config_kinds import LLAMA_KINDS
 from dllava_export.families.family import Traceable
 
 __all__ = [
@@ -23,28 +24,7 @@ __all__ = [
     "traceable_llama",
 ]
 
-LLAMA_KEYS = (
-    "attention_bias",
-    "bos_token_id",
-    "eos_token_id",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "mlp_bias",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "pad_token_id",
-    "rms_norm_eps",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "tie_word_embeddings",
-    "vocab_size",
-)
+LLAMA_KEYS = tuple(LLAMA_KINDS)
 
 REQUIRED_LLAMA_KEYS = (
     "hidden_size",
@@ -94,9 +74,11 @@ def llama_config(
         CheckpointError: If sizes are missing or impossible.
         SettingError: If `num_decoder_layers` is not in 1..num_hidden_layers.
     """
+    check_kinds(values, LLAMA_KINDS, "The text configuration")
     known = {key: values[key] for key in LLAMA_KEYS if key in values}
     result = transformers_config(LlamaConfig, "text configuration", known)
-    check_sizes("The text configuration", result, (*REQUIRED_LLAMA_KEYS, "head_dim"))
+    sizes = (*REQUIRED_LLAMA_KEYS, "head_dim", "max_position_embeddings")
+    check_sizes("The text configuration", result, sizes)
     _check_decoder(result)
     num_layers = result.num_hidden_layers
     if num_decoder_layers is not None:

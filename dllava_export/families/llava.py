@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dllava_export.errors import CheckpointError, UnsupportedModelError
+from dllava_export.families.config_kinds import LLAVA_KINDS
 from dllava_export.families.family import (
     Family,
     Layout,
@@ -126,6 +127,7 @@ class LlavaFamily(Family):
     name = "llava"
     title = "LLaVA-1.5 or Dynamic-LLaVA"
     architectures = (*_ORIGINAL_ARCHITECTURES, _HF_ARCHITECTURE)
+    config_kinds = LLAVA_KINDS
 
     def detect(
         self, config: Mapping[str, Any], *, bare_decoder: bool = False

@@ -20,6 +20,8 @@ __all__ = ["ImageProcessor", "ImageSource", "read_image"]
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
 _ASPECT_RATIOS = ("pad", "square", "crop")
+_MAX_EDGE = 1 << 13
+_MAX_NUMBER = 1e30  # a float32 with room to multiply
 _MAX_ASPECT = 200  # a 1 x 5000 strip would be resized to 336 x 1,680,000 before it is cropped
 _DECODE_ERRORS = (
     OSError,
@@ -177,22 +179,26 @@ class ImageProcessor:
         resize_to = _edge_lengths("size", preprocessor_config.get("size", 224))
         crop = _edge_lengths("crop_size", preprocessor_config.get("crop_size", 224))
         height, width = crop
-        if height != width or height < 1:
+        if height != width or not 1 <= height <= _MAX_EDGE:
             raise UnsupportedModelError(
                 f"preprocessor_config crops to height {height} and width {width}, expected a "
-                "square. Use the preprocessor_config.json of a CLIP vision tower."
+                f"square of at most {_MAX_EDGE} pixels. Use the preprocessor_config.json of a "
+                "CLIP vision tower."
             )
-        if min(edge for edge in resize_to if edge is not None) < height:
+        edges = [edge for edge in resize_to if edge is not None]
+        if min(edges) < height or max(edges) > _MAX_EDGE:
             raise UnsupportedModelError(
                 f"preprocessor_config resizes to {preprocessor_config.get('size')} and crops "
-                f"to {height} pixels, expected a crop no larger than the resized image. "
-                "Correct size or crop_size."
+                f"to {height} pixels, expected a crop no larger than the resized image, and "
+                f"edges of at most {_MAX_EDGE}. Correct size or crop_size."
             )
         return cls(
             size=height,
             resize_to=resize_to,
-            resample=int(preprocessor_config.get("resample", Image.Resampling.BICUBIC)),
-            rescale_factor=float(preprocessor_config.get("rescale_factor", 1 / 255)),
+            resample=_resample(preprocessor_config),
+            rescale_factor=_number(
+                preprocessor_config.get("rescale_factor", 1 / 255), "rescale_factor"
+            ),
             mean=_channels(
                 preprocessor_config, "image_mean", (0.48145466, 0.4578275, 0.40821073)
             ),
@@ -266,16 +272,38 @@ class ImageProcessor:
         return image.crop((left, top, left + self.size, top + self.size))
 
 
+def _resample(config: dict[str, Any]) -> int:
+    value = config.get("resample", Image.Resampling.BICUBIC)
+    if value not in list(Image.Resampling):
+        raise UnsupportedModelError(
+            f"preprocessor_config has resample {value!r}, expected one of Pillow's filters, "
+            f"{', '.join(map(str, sorted(map(int, Image.Resampling))))}. Use the "
+            "preprocessor_config.json of a CLIP vision tower."
+        )
+    return int(value)
+
+
 def _channels(
     config: dict[str, Any], name: str, default: tuple[float, float, float]
 ) -> tuple[float, float, float]:
     value = config.get(name, default)
-    if isinstance(value, int | float):
-        value = [value] * 3
-    if len(value) != 3:
+    values = value if isinstance(value, list | tuple) else [value] * 3
+    if len(values) != 3:
         raise UnsupportedModelError(
-            f"preprocessor_config has {len(value)} values in {name}, expected 3: red, green, "
+            f"preprocessor_config has {len(values)} values in {name}, expected 3: red, green, "
             "blue. Use the preprocessor_config.json of a CLIP vision tower."
         )
-    red, green, blue = (float(channel) for channel in value)
+    red, green, blue = (_number(channel, name) for channel in values)
     return red, green, blue
+
+
+def _number(value: Any, name: str) -> float:
+    """Return a finite float32 number; a standard deviation and a factor are not 0."""
+    is_number = isinstance(value, int | float) and abs(value) <= _MAX_NUMBER
+    if not is_number or (name != "image_mean" and abs(value) < 1 / _MAX_NUMBER):
+        raise UnsupportedModelError(
+            f"preprocessor_config has {value!r} in {name}, expected a finite number"
+            f"{'' if name == 'image_mean' else ' other than 0'}. Use the "
+            "preprocessor_config.json of a CLIP vision tower."
+        )
+    return float(value)

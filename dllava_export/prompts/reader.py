@@ -13,6 +13,7 @@ from dllava_export.bundles.embedding import EmbeddingTable
 from dllava_export.bundles.manifest import Manifest
 from dllava_export.errors import BundleError, CapacityError, InvalidInputError
 from dllava_export.families.config_file import read_json
+from dllava_export.families.config_kinds import PREPROCESSOR_KINDS
 from dllava_export.families.registry import positions_of
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.placeholders import check_prompt, normalise_placeholders
@@ -95,7 +96,9 @@ class PromptReader:
         if self._image_processor is None:
             path = self._folder / layout.VISUAL_FOLDER / "preprocessor_config.json"
             self._image_processor = ImageProcessor.from_config(
-                read_json(path, "the visual part of a bundle", BundleError),
+                read_json(
+                    path, "the visual part of a bundle", BundleError, kinds=PREPROCESSOR_KINDS
+                ),
                 self.manifest.image_aspect_ratio,
             )
         return self._image_processor

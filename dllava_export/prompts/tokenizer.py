@@ -12,6 +12,7 @@ import numpy as np
 
 from dllava_export.errors import BundleError, InvalidInputError, SettingError
 from dllava_export.families.config_file import read_json
+from dllava_export.families.config_kinds import GENERATION_KINDS, TOKENIZER_KINDS
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.placeholders import _shortened
 
@@ -341,7 +342,10 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 def _settings(path: pathlib.Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty where there is no file."""
-    return read_json(path, "a folder with a tokenizer", BundleError) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    kinds = {**TOKENIZER_KINDS, **GENERATION_KINDS}
+    return read_json(path, "a folder with a tokenizer", BundleError, kinds=kinds)
 
 
 def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, bool]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dllava_export.backends.registry import BACKENDS, DEFAULT_BACKEND, backend_options
+from dllava_export.boundary import raises_expected_errors_only
 from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.errors import InvalidInputError, SettingError
 from dllava_export.runtime.session import Session
@@ -13,6 +14,7 @@ from dllava_export.runtime.session import Session
 __all__ = ["check_image_choice", "load"]
 
 
+@raises_expected_errors_only
 def load(
     path: str | Path,
     backend: str = DEFAULT_BACKEND,

@@ -15,6 +15,7 @@ import torch
 
 from dllava_export.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from dllava_export.errors import SettingError
+from dllava_export.json_text import parse_json
 from dllava_export.prompts.images import ImageProcessor
 from dllava_export.prompts.tokenizer import ChatTokenizer
 from dllava_export.training.data import Batch, ConversationData, DataOrder, OnBadRecord
@@ -462,7 +463,14 @@ def _open_log(path: Path, num_steps: int) -> Iterator[IO[str]]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = path.read_bytes().splitlines()
+        return [parse_json(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"{path} cannot be read ({error}), expected one JSON object per step. Restore it, "
+            "or start anew in another folder."
+        ) from error
 
 
 def _mean_losses(losses: Sequence[Losses]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +57,18 @@ def load_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"]
-    except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        changed = [
+            f"{name} was {found.get(name)!r}, is {value!r}"
+            for name, value in identity.items()
+            if found.get(name) != value
+        ]
+    # What torch raises for a damaged archive or pickle is of every kind.
+    except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise TrainingError(
             f"{path} cannot be read ({reason}), expected the state of a run. Remove {folder} "
             "and start anew."
         ) from error
-    changed = [
-        f"{name} was {found.get(name)!r}, is {value!r}"
-        for name, value in identity.items()
-        if found.get(name) != value
-    ]
     if changed:
         raise TrainingError(
             f"{folder} holds another run: {'; '.join(changed)}. Resume with what it was started "

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from pathlib import Path
@@ -10,11 +11,16 @@ import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 import torch
 from places import DATA
 
 from dllava_export.checkpoints.checkpoint import random_checkpoint, read_checkpoint
-from dllava_export.checkpoints.tensor_source import RandomSource
+from dllava_export.checkpoints.tensor_source import (
+    MAX_TENSORS,
+    RandomSource,
+    safetensors_sources,
+)
 from dllava_export.errors import CheckpointError, UnsupportedModelError
 from dllava_export.families.clip_tower import CLIP_FACTS
 from dllava_export.geometry import PredictorConfig
@@ -345,16 +351,25 @@ def test_models_of_another_kind(
     ("changes", "message"),
     [
         ({"sparse_config": None}, "but has no sparse_config"),
-        ({"sparse_config": [1]}, "sparse_config is a list, expected an object"),
+        ({"sparse_config": [1]}, r"config.json: sparse_config is \[1\], expected an object"),
         ({"sparse_config": {"nhead": 3}}, "d_model must be a multiple of nhead"),
         ({"sparse_config": {"num_layers": 0}}, "num_layers must be a whole number"),
+        ({"sparse_config": {"num_layers": 10**5}}, "num_layers must be at most 256, got"),
+        ({"num_hidden_layers": 1 << 62}, "num_hidden_layers .* expected at most 1024"),
+        ({"num_hidden_layers": 1000}, "has num_hidden_layers 1000, its weight files hold"),
         ({"sparse_config": {"vision_keep_rate": 1.5}}, r"must be in \(0, 1\], got 1.5"),
         ({"sparse_config": {"sparse_layer": 3}}, "sparse_layer 3, expected at most 2"),
-        ({"hidden_size": "x"}, "text configuration of config.json cannot be read"),
+        ({"hidden_size": "x"}, r"config.json: hidden_size is 'x', expected a whole number"),
         ({"hidden_size": 17}, "not a multiple of the number of attention heads"),
         ({"num_attention_heads": 0}, "cannot be read: integer division"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3, expected a divisor"),
         ({"vocab_size": 0}, "vocab_size 0, expected a whole number"),
+        ({"vocab_size": 1 << 62}, f"vocab_size {1 << 62}, expected at most 16777216"),
+        ({"vocab_size": 1 << 70}, "vocab_size is 11805.*, expected a whole number"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps is inf, expected a number"),
+        ({"rope_scaling": {"factor": [1]}}, r"rope_scaling.factor is \[1\], expected a num"),
+        ({"architectures": "Llava"}, "architectures is 'Llava', expected a list of texts"),
+        ({"mm_use_im_start_end": "no"}, "mm_use_im_start_end is 'no', expected true or fal"),
         ({"mm_vision_tower": None}, "has no mm_vision_tower"),
         ({"mm_vision_tower": "/absent/tower"}, "/absent/tower is not a folder"),
     ],
@@ -515,6 +530,73 @@ def test_damaged_safetensors(tmp_path: Path, content: bytes, message: str) -> No
         read_checkpoint(tmp_path)
 
 
+def _places(*ranges: tuple[int, int]) -> bytes:
+    """A safetensors file with a float32 vector at each range of bytes, 16 bytes of data."""
+    entries = {
+        f"t{number}": {"dtype": "F32", "shape": [(e - b) // 4], "data_offsets": [b, e]}
+        for number, (b, e) in enumerate(ranges)
+    }
+    return _header(entries, bytes(16))
+
+
+_TWICE = _places((0, 8), (8, 16)).replace(b'"t1"', b'"t0"')
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(
+            _places((0, 12), (8, 16)),
+            "'t1' at bytes 8 to 16 overlaps tensor 't0', expected it to start at byte 12",
+            id="overlap",
+        ),
+        pytest.param(_places((0, 16), (4, 8)), "'t1' at .* overlaps tensor 't0'", id="inside"),
+        pytest.param(_places((0, 16), (0, 16)), "'t1' at .* overlaps tensor 't0'", id="same"),
+        pytest.param(
+            _places((12, 16), (0, 8)), "'t0' at .* leaves a hole behind tensor 't1'", id="hole"
+        ),
+        pytest.param(_places((4, 16)), "hole behind the start of the data", id="hole first"),
+        pytest.param(_places((0, 8)), "end at byte 8, the file has 16 bytes", id="hole last"),
+        pytest.param(_TWICE, "the key 't0' stands twice in one object", id="key twice"),
+    ],
+)
+def test_tensors_lie_end_to_end_as_safetensors_asks(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(safetensors.SafetensorError), safetensors.safe_open(file, "np"):
+        pass
+    with pytest.raises(CheckpointError, match=message):
+        safetensors_sources(file)
+
+
+def test_order_in_the_header_is_free(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(_places((8, 16), (8, 8), (0, 8)))
+    with safetensors.safe_open(file, "np") as opened:
+        assert sorted(safetensors_sources(file)) == sorted(opened.keys())
+
+
+def test_number_of_tensors_is_limited(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(_header({str(number): entry for number in range(MAX_TENSORS)}))
+    assert len(safetensors_sources(file)) == MAX_TENSORS
+    file.write_bytes(_header({str(number): entry for number in range(MAX_TENSORS + 1)}))
+    with pytest.raises(CheckpointError, match="lists 100001 tensors, expected at most 100000"):
+        safetensors_sources(file)
+
+
+@pytest.mark.parametrize("files", ["sharded", "sharded bin"])
+def test_key_in_two_shards(tmp_path: Path, files: str) -> None:
+    factory.make_checkpoint(tmp_path, files=files)
+    first, second = sorted(tmp_path.glob("*-of-*"))
+    shutil.copyfile(first, second)
+    with pytest.raises(CheckpointError, match=f"{second.name} holds .* {first.name} does"):
+        read_checkpoint(tmp_path)
+
+
 def test_safetensors_cut_short(tmp_path: Path) -> None:
     shutil.copytree(DATA / "mha", tmp_path, dirs_exist_ok=True)
     file = tmp_path / "model.safetensors"
@@ -528,7 +610,11 @@ def test_safetensors_cut_short(tmp_path: Path) -> None:
     [
         (torch.zeros(2), "holds a Tensor, expected a dict of tensors"),
         ({"x": 3}, "'x' is a int, expected a tensor"),
-        ({"x": torch.zeros(2, dtype=torch.int8)}, "'x' is torch.int8, expected torch.float32"),
+        ({"x": torch.zeros(2, dtype=torch.int8)}, "'x' is torch.int8, expected values of"),
+        ({3: torch.zeros(2)}, "has the key 3 of type int, expected names"),
+        ({"x": torch.zeros(2, 2).to_sparse()}, "'x' is torch.float32, torch.sparse_coo"),
+        ({"x": torch.zeros(2, device="meta")}, "'x' is torch.float32, .* on meta, expected"),
+        ({"x": torch.zeros(1).expand(1 << 40)}, "'x' repeats 4 bytes as 4398046511104"),
     ],
 )
 def test_bin_of_something_else(tmp_path: Path, state: object, message: str) -> None:

@@ -574,4 +574,6 @@ def test_a_plot_of_another_format(bundles, tmp_path):
 def test_errors_of_other_packages_keep_their_traceback(bundles, monkeypatch):
     monkeypatch.setattr(json, "dumps", lambda *_, **__: int("x"))
     result = invoke("inspect", bundles.path("gqa"), "--json")
-    assert isinstance(result.exception, ValueError)
+    assert result.exit_code == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "inspect failed where it should work or say why not: ValueError:" in result.stderr

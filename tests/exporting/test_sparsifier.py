@@ -115,6 +115,35 @@ def with_torch(attention: str, dtype: torch.dtype, opset: int, folder: Path) -> 
     program.save(folder / "model.onnx", external_data=attention == "eager")
 
 
+class Layers(torch.nn.Module):
+    """The layers alone, causal by SDPA's own flag: a mask asks the query for its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = llama()
+
+    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        rotary = self.model.model.rotary_emb(inputs_embeds, position_ids)
+        for layer in self.model.model.layers:
+            inputs_embeds = layer(inputs_embeds, position_embeddings=rotary)
+        return self.model.lm_head(self.model.model.norm(inputs_embeds))
+
+
+def with_bare_layers(opset: int, folder: Path) -> None:
+    tokens, _, position_ids = example("inputs_embeds")
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("rows")}
+    program = torch.onnx.export(
+        Layers(),
+        (tokens, position_ids),
+        dynamo=True,
+        opset_version=opset,
+        input_names=["inputs_embeds", "position_ids"],
+        dynamic_shapes={"inputs_embeds": dims, "position_ids": dims},
+        verbose=False,
+    )
+    program.save(folder / "model.onnx", external_data=True)
+
+
 def with_torchscript(
     attention: str,
     folder: Path,
@@ -141,6 +170,8 @@ EXPORTERS: dict[str, Callable[[Path], None]] = {
     "torch sdpa opset 23": lambda f: with_torch("sdpa", torch.float32, 23, f),
     "torchscript eager fp16": lambda f: with_torchscript("eager", f, dtype=torch.float16),
     "torchscript sdpa": lambda f: with_torchscript("sdpa", f),
+    "torch layers opset 18": lambda f: with_bare_layers(18, f),
+    "torch layers opset 20": lambda f: with_bare_layers(20, f),
     "torchscript embeds": lambda f: with_torchscript("sdpa", f, "inputs_embeds"),
 }
 

@@ -41,6 +41,8 @@ MASK = """
     row = Unsqueeze (column, axis_1)
 """
 CAUSAL = MASK + "mask = LessOrEqual (column, row)"
+QUERY_SIZE = CAUSAL.replace("<start = 1, end = 2> (q)", "<start = -2, end = -1> (q4)")
+WEIGHTED = "q = Mul (q_unscaled, scales)"
 PADDED = """
     causal = LessOrEqual (column, row)
     is_valid = Cast <to = 9> (attention_mask)
@@ -340,6 +342,19 @@ def test_refuses_what_later_passes_cannot_keep(nodes: str, message: str) -> None
             tensor.external_data.add(key="location", value="weights.safetensors")
     with pytest.raises(PreconditionError, match=f"^{re.escape(message)}"):
         helpers.apply(model, FuseAttentionPass())
+
+
+def test_a_mask_may_ask_a_product_with_weights_for_its_size() -> None:
+    nodes = WEIGHTED + HEADS.format(heads="q_heads") + QUERY_SIZE + MASKED_OP + MERGE
+    values = VALUES.format(kv=8).replace(" q,", " q_unscaled,")
+    text = f"({values}) => ({OUTPUT}) <{CONSTANTS}> {{{nodes}}}"
+    model = helpers.model_from_text(text, helpers.random_weights(scales=(8,)))
+    tensor = next(t for t in model.graph.initializer if t.name == "scales")
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights.safetensors")
+    after = helpers.apply(model, FuseAttentionPass())
+    assert [node.op_type for node in after.graph.node] == ["Mul", "Attention"]
 
 
 def test_reports_attention_that_was_left() -> None:

@@ -267,6 +267,18 @@ def test_strip_of_an_image():
         ),
         pytest.param({"size": 100}, "resizes to 100 and crops to 336 pixels"),
         pytest.param({"do_resize": False}, "has do_resize false, expected true"),
+        pytest.param({"size": 10**9}, "resizes to 1000000000 .*, and edges of at most 8192"),
+        pytest.param({"size": 10**9, "crop_size": 10**9}, "a square of at most 8192 pixels"),
+        pytest.param(
+            {"resample": 9}, "has resample 9, expected one of Pillow's filters, 0, 1"
+        ),
+        pytest.param(
+            {"rescale_factor": 1e99}, r"has 1e\+99 in rescale_factor, expected a fin"
+        ),
+        pytest.param(
+            {"image_mean": [0.5, "a", 1]}, "has 'a' in image_mean, expected a finite"
+        ),
+        pytest.param({"image_std": 0}, "has 0 in image_std, expected a finite number other"),
         pytest.param({"image_std": [1.0]}, "has 1 values in image_std, expected 3"),
     ],
 )

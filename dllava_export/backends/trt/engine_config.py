@@ -20,6 +20,17 @@ from typing import Any
 from dllava_export import names
 from dllava_export.bundles.layout import MANIFEST
 from dllava_export.errors import BackendError, BundleError
+from dllava_export.families.config_file import check_kinds
+from dllava_export.families.config_kinds import (
+    FLAG,
+    OBJECT,
+    TEXT,
+    TEXTS,
+    WHOLE,
+    WHOLES,
+    Kinds,
+)
+from dllava_export.json_text import parse_json
 from dllava_export.reporting.output_files import write_text
 
 __all__ = [
@@ -49,6 +60,37 @@ PREFILL, DECODE = "prefill", "decode"
 
 _MODEL_SUFFIXES = (".onnx", ".data", ".safetensors")
 _CHUNK_BYTES = 1 << 20
+
+_KINDS: Kinds = {
+    "backend": (TEXT,),
+    "backend_version": (TEXT,),
+    "compute_capabilities": (TEXTS,),
+    "precision": (TEXT,),
+    "max_batch_size": (WHOLE,),
+    "max_input_len": (WHOLE,),
+    "capacities": (OBJECT,),
+    "capacities.*": (WHOLE,),
+    "is_stripped": (FLAG,),
+    "engines": (OBJECT,),
+    "engines.*": (OBJECT,),
+    "engines.*.file": (TEXT,),
+    "engines.*.sha256": (TEXT,),
+    "engines.*.num_bytes": (WHOLE,),
+    "engines.*.profiles": (OBJECT,),
+    "engines.*.profiles.*": (OBJECT,),
+    "engines.*.profiles.*.*": (OBJECT,),
+    "engines.*.profiles.*.*.min": (WHOLES,),
+    "engines.*.profiles.*.*.opt": (WHOLES,),
+    "engines.*.profiles.*.*.max": (WHOLES,),
+    "engines.*.profiles.*.*.is_values": (FLAG,),
+    "not_built": (OBJECT,),
+    "not_built.*": (TEXT,),
+    "plugins": (OBJECT,),
+    "plugins.*": (TEXT,),
+    "bundle_digest": (TEXT,),
+    "tool_versions": (OBJECT,),
+    "tool_versions.*": (TEXT,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +181,7 @@ def bundle_digest(bundle_folder: Path) -> str:
     """
     path = bundle_folder / MANIFEST
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files = parse_json(path.read_bytes())["files"]
         entries = {
             name: entry["sha256"]
             for name, entry in sorted(files.items())
@@ -183,31 +225,33 @@ def read_engine_config(bundle_folder: Path, backend: str) -> EngineConfig:
             another schema version.
     """
     path = engine_folder(bundle_folder, backend) / CONFIG_FILE
-    remedy = f"dllava-export build {bundle_folder} --backend {backend}"
+    command = f"dllava-export build {bundle_folder} --backend {backend}"
+    remedy = f"Build the engines again: {command}"
     if not path.is_file():
         raise BackendError(
             f"{bundle_folder} has no engines for {backend}: {path} is missing. Build them: "
-            f"{remedy}"
+            f"{command}"
         )
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_bytes())
         version = document.pop("schema_version")
         if version != ENGINE_SCHEMA_VERSION:
             raise BackendError(
                 f"{path} has schema version {version}; this dllava-export reads version "
-                f"{ENGINE_SCHEMA_VERSION}. Build the engines again: {remedy}"
+                f"{ENGINE_SCHEMA_VERSION}. {remedy}"
             )
-        return _config_from(document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BackendError(
-            f"{path} is damaged ({error}). Build the engines again: {remedy}"
-        ) from error
+        return _config_from(document, path, remedy)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BackendError(f"{path} is damaged ({error}). {remedy}") from error
 
 
-def _config_from(document: Mapping[str, Any]) -> EngineConfig:
+def _config_from(document: Mapping[str, Any], path: Path, remedy: str) -> EngineConfig:
     values = dict(document)
     if "capacities" not in values:  # as 0.1 wrote them
         values["capacities"] = {g: values.pop(names.capacity(g)) for g in names.GROUPS}
+    where = f"{path} is damaged"
+    check_kinds(values, _KINDS, where, BackendError, required=True, remedy=remedy)
+    check_kinds(values, {"timing_cache": (TEXT,)}, where, BackendError, remedy=remedy)
     values["compute_capabilities"] = tuple(values["compute_capabilities"])
     values["engines"] = {
         name: EngineFile(**{**entry, "profiles": _profiles_from(entry["profiles"])})

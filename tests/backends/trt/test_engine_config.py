@@ -101,12 +101,14 @@ def test_another_schema_version(written):
         pytest.param(lambda d: d.pop("max_input_len"), id="field missing"),
         pytest.param(without_a_capacity, id="field of 0.1 missing"),
         pytest.param(lambda d: d.update(engines=3), id="wrong type"),
+        pytest.param(lambda d: d["capacities"].update(full="3"), id="wrong type inside"),
+        pytest.param(lambda d: d.update(is_stripped=None), id="null"),
         pytest.param(lambda d: d.pop("schema_version"), id="no version"),
     ],
 )
 def test_damaged_configuration(written, edit):
     change(written, edit)
-    with pytest.raises(BackendError, match=r"is damaged .* Build the engines again"):
+    with pytest.raises(BackendError, match=r"is damaged.* Build the engines again"):
         read_engine_config(written, BACKEND)
 
 
