@@ -40,6 +40,16 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
     Raises:
         BundleError: If they contradict each other, or a graph cannot be read.
     """
+    try:
+        _compare(folder, manifest)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"A graph of {folder} lacks inputs, outputs or sizes that every bundle has "
+            f"({error!r}). Export the bundle again."
+        ) from error
+
+
+def _compare(folder: Path, manifest: Manifest) -> None:
     decoder = f"{layout.LLM_FOLDER}/{layout.DECODER}"
     visual = f"{layout.VISUAL_FOLDER}/{layout.VISUAL}"
     graphs = {name: _graph(folder, name) for name in manifest.tensors}
