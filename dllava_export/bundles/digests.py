@@ -8,6 +8,7 @@ block, so that blocks are digested by several threads.
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import os
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ class BlockDigest:
     """
 
     def __init__(self) -> None:
-        self._workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+        self._workers = _num_workers()
         self._pool = ThreadPoolExecutor(self._workers)
         self._pending: collections.deque[Future[bytes]] = collections.deque()
         self._block = bytearray()
@@ -43,35 +44,38 @@ class BlockDigest:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def update(self, data: bytes | memoryview) -> None:
+    def update(self, data: bytes) -> None:
         """Go on with these bytes, in pieces of any size."""
         view = memoryview(data)
         while view:
             room = _BLOCK_BYTES - len(self._block)
-            self._block += view[:room]
+            if not self._block and len(view) >= room:
+                self._submit(view[:room])  # without a copy: bytes do not change
+            else:
+                self._block += view[:room]
+                if len(self._block) == _BLOCK_BYTES:
+                    self._submit(self._block)
+                    self._block = bytearray()
             view = view[room:]
-            if len(self._block) == _BLOCK_BYTES:
-                self._submit()
 
     def hexdigest(self) -> str:
         """Return the digest of all bytes, in hexadecimal; nothing may follow."""
         if self._block:
-            self._submit()
+            self._submit(self._block)
         while self._pending:
             self._take()
         return self._digest.hexdigest()
 
-    def _submit(self) -> None:
+    def _submit(self, block: bytearray | memoryview) -> None:
         if len(self._pending) > self._workers:
             self._take()
-        self._pending.append(self._pool.submit(_sha256, self._block))
-        self._block = bytearray()
+        self._pending.append(self._pool.submit(_sha256, block))
 
     def _take(self) -> None:
         self._digest.update(self._pending.popleft().result())
 
 
-def _sha256(block: bytearray) -> bytes:
+def _sha256(block: bytearray | memoryview) -> bytes:
     return hashlib.sha256(block).digest()
 
 
@@ -94,10 +98,25 @@ class DigestingFile:
 
 def whole_digest(path: Path) -> str:
     """Return the digest over all blocks of a file, as `BlockDigest` makes it."""
-    with path.open("rb") as file, BlockDigest() as digest:
-        while chunk := file.read(_BLOCK_BYTES):
-            digest.update(chunk)
-        return digest.hexdigest()
+    digest = hashlib.sha256()
+    starts = range(0, path.stat().st_size, _BLOCK_BYTES)
+    with ThreadPoolExecutor(_num_workers()) as pool:
+        for block in pool.map(functools.partial(_block_digest, path), starts):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _num_workers() -> int:
+    return min(_MAX_WORKERS, os.cpu_count() or 1)
+
+
+def _block_digest(path: Path, start: int) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        for _ in range(_BLOCK_BYTES // _SAMPLE_BYTES):
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.digest()
 
 
 def file_entry(path: Path, blocks_sha256: str | None = None) -> dict[str, Any]:
