@@ -20,7 +20,7 @@ from dllava_export.exporting.transform import transform_decoder
 from dllava_export.families.family import ChatTemplate
 from dllava_export.precision import BF16, FP16, Precision
 from dllava_export.reporting import resources
-from dllava_export.reporting.output_files import new_folder
+from dllava_export.reporting.output_folders import new_folder
 from dllava_export.reporting.stages import show_stages
 from dllava_export.sparsity import Sparsity
 
@@ -98,7 +98,7 @@ def export_checkpoint(
     stored = checkpoint.weight_format
     chosen = Precision.of(precision or (FP16 if stored == BF16 else stored).name)
     writer = BundleWriter(link=link, progress=progress)
-    with new_folder(Path(out)) as folder:
+    with new_folder(Path(out), sources=_folders(checkpoint)) as folder:
         llm, visual = folder / layout.LLM_FOLDER, folder / layout.VISUAL_FOLDER
         llm.mkdir()
         visual.mkdir()
@@ -167,6 +167,11 @@ def export_checkpoint(
         weights_seconds=writer.seconds,
         warnings=tuple(warnings),
     )
+
+
+def _folders(checkpoint: Checkpoint) -> set[Path]:
+    """Return the folders that weights are read from."""
+    return {source.file.parent for source in checkpoint.tensors.values() if source.file}
 
 
 def predictor_model(checkpoint: Checkpoint) -> onnx.ModelProto | None:

@@ -18,6 +18,7 @@ from dllava_export.bundles.bundle_writer import BundleWriter
 from dllava_export.bundles.layout import DATA_FILE
 from dllava_export.errors import BundleError, PreconditionError, UnsupportedModelError
 from dllava_export.exporting.external_data import external_place, tensor_bytes
+from dllava_export.reporting.interrupts import interrupts_as_themselves
 
 if TYPE_CHECKING:
     import numpy as np
@@ -246,6 +247,7 @@ def _embedding_reference(model: onnx.ModelProto, folder: Path) -> dict[str, Any]
 # Shapes: what the passes read head counts and ranks from.
 
 
+@interrupts_as_themselves()
 def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     """Fold what does not depend on the input's size, and give every value a shape.
 

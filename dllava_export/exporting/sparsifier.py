@@ -35,7 +35,7 @@ from dllava_export.geometry import Geometry, PredictorConfig, PredictorGeometry
 from dllava_export.passes.policies.registry import POLICIES
 from dllava_export.precision import NUMBER_FORMATS, Precision, format_of_dtype
 from dllava_export.reporting import resources
-from dllava_export.reporting.output_files import new_folder
+from dllava_export.reporting.output_folders import new_folder
 from dllava_export.reporting.stages import show_stages
 from dllava_export.sparsity import DENSE
 
@@ -123,7 +123,11 @@ def sparsify_decoder(
     start = time.perf_counter()
     source = Path(dense)
     writer = BundleWriter(link=link, progress=progress)
-    with new_folder(Path(out)) as folder, show_stages(progress, _NUM_STAGES) as stage:
+    sources = [source] if source.is_dir() else []
+    with (
+        new_folder(Path(out), sources=sources) as folder,
+        show_stages(progress, _NUM_STAGES) as stage,
+    ):
         llm = folder / layout.LLM_FOLDER
         llm.mkdir()
         with stage("reading the decoder"):

@@ -51,7 +51,7 @@ from dllava_export.bundles.graph_facts import check_graphs
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError, EngineBuildError
 from dllava_export.reporting.byte_sizes import format_bytes
-from dllava_export.reporting.output_files import replaced_folder
+from dllava_export.reporting.output_folders import replaced_folder
 from dllava_export.reporting.resources import stage
 
 __all__ = ["build_engines"]
