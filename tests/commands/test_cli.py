@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import checkpoint_factory as factory
@@ -22,7 +23,6 @@ from dllava_export.benchmark.bench_settings import BenchSettings
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.exporting import sparsifier, weights
-from dllava_export.reporting import output_files
 from dllava_export.sparsity import Sparsity
 from dllava_export.version import __version__
 
@@ -380,7 +380,7 @@ def test_an_output_folder_that_cannot_be_written(checkpoint, tmp_path, monkeypat
     def refuse(**_: object) -> str:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(output_files.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     arguments = ["export", checkpoint, tmp_path / "out"]
     assert_fails(1, "cannot be written (Permission denied)", arguments=arguments)
 

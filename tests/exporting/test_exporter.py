@@ -541,3 +541,11 @@ def test_the_same_export_gives_the_same_bytes(tmp_path):
     assert files(first) == files(second)
     for name in files(first):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_a_bundle_inside_its_checkpoint_is_refused_before_the_work(tmp_path):
+    factory.make_checkpoint(tmp_path / "in")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BundleError, match=r"in/out lies in .*in, which it is made from"):
+        export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "in" / "out")
+    assert sorted(tmp_path.rglob("*")) == before

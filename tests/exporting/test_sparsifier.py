@@ -801,5 +801,12 @@ def test_refuses_settings_out_of_range(
 
 
 def test_refuses_a_folder_with_files_in_it(decoder: Foreign, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
     with pytest.raises(BundleError, match="is a folder with files in it"):
-        sparsify_decoder(decoder.sparse, decoder.sparse, SparsityOptions(policy="norm"))
+        sparsify_decoder(decoder.sparse, tmp_path, SparsityOptions(policy="norm"))
+
+
+@pytest.mark.parametrize("name", [".", "again", "llm/again"])
+def test_refuses_a_folder_inside_the_bundle(decoder: Foreign, name: str) -> None:
+    with pytest.raises(BundleError, match=r"lies in .*sparse, which it is made from"):
+        sparsify_decoder(decoder.sparse, decoder.sparse / name, SparsityOptions(policy="norm"))
