@@ -108,7 +108,9 @@ def _check_is_free(out: Path, sources: Iterable[Path]) -> None:
             f"{remedy}."
         ) from error
     kind = "is a folder with files in it" if out.is_dir() else "is a file"
-    raise BundleError(f"{out} {kind}; expected a new or empty folder. {remedy} or remove it.")
+    raise BundleError(
+        f"{out} {kind}; expected a new or empty folder. Choose another name or remove it."
+    )
 
 
 @contextlib.contextmanager
