@@ -75,7 +75,7 @@ def export(
     num_decoder_layers: int | None = None,
     chat_template: str | None = None,
     random_weights: bool = False,
-    link: bool = True,
+    link: bool = False,
     progress: bool = False,
 ) -> ExportReport:
     """Export a checkpoint to a bundle: graphs, weights and everything that runs them.
@@ -101,7 +101,9 @@ def export(
             with a jinja2 template; what the checkpoint says by default, and where it says
             nothing, a guess with a warning.
         random_weights: `checkpoint` is a config.json: export its model with random weights.
-        link: Hard-link weights where possible instead of copying them.
+        link: Hard-link weights where possible. onnx, and tools that read models through it,
+            refuse such a bundle. By default weights are copied, or cloned where the file
+            system can.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -161,6 +163,7 @@ def sparsify(
     image_keep_tokens: int | None = None,
     output_text_keep_rate: float | None = None,
     predictors: StrPath | None = None,
+    link: bool = False,
     progress: bool = False,
 ) -> ExportReport:
     """Run only the passes: make a bundle from a bundle, or from somebody else's dense decoder.
@@ -178,6 +181,7 @@ def sparsify(
         output_text_keep_rate: See `export`.
         predictors: Checkpoint, a folder or hub id, whose trained predictors are used; those of
             the bundle by default.
+        link: See `export`; weights of an `.onnx` file are never linked.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -199,7 +203,9 @@ def sparsify(
         image_keep_tokens=image_keep_tokens,
         output_text_keep_rate=output_text_keep_rate,
     )
-    return sparsify_decoder(dense, out, options, predictors=predictors, progress=progress)
+    return sparsify_decoder(
+        dense, out, options, predictors=predictors, link=link, progress=progress
+    )
 
 
 @raises_expected_errors_only

@@ -112,7 +112,9 @@ def make_random_model(
     if geometry.ties_embeddings:
         stored[names.LM_HEAD] = stored[names.TOKEN_EMBEDDING]
     tensors = checkpoint.tensors | stored | read_tensors(predictor)
-    export_checkpoint(dataclasses.replace(checkpoint, tensors=tensors), model.bundle)
+    export_checkpoint(
+        dataclasses.replace(checkpoint, tensors=tensors), model.bundle, link=True
+    )
     model.scratch.mkdir()
     return model
 

@@ -1,8 +1,7 @@
-"""Files of a bundle: graphs, links, tool versions."""
+"""Files of a bundle: graphs, the files they refer to, tool versions."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "bytes_of_new_files",
     "describe_tensors",
-    "link_or_copy",
     "referenced_files",
     "save_models",
     "tool_versions",
@@ -68,12 +65,6 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
-def bytes_of_new_files(folder: Path) -> int:
-    """Return the bytes of files that are no hard links to something else."""
-    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
-
-
 def referenced_files(models: Iterable[onnx.ModelProto]) -> set[str]:
     """Return the external data files that models refer to.
 
@@ -90,13 +81,3 @@ def referenced_files(models: Iterable[onnx.ModelProto]) -> set[str]:
         if Path(name).name != name:
             raise BundleError(f"Weights in {name!r}: expected a file beside the model.")
     return files
-
-
-def link_or_copy(source: Path, target: Path) -> int:
-    """Hard-link a file where possible, else copy it; return the bytes that were copied."""
-    try:
-        target.hardlink_to(source.resolve())
-    except OSError:
-        shutil.copyfile(source, target)
-        return target.stat().st_size
-    return 0

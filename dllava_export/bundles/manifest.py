@@ -16,25 +16,89 @@ A bundle is written under a temporary name and renamed when it is whole.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
-from dllava_export.bundles.layout import MANIFEST
-from dllava_export.errors import BundleError
+from dllava_export.bundles.digests import file_entry, is_unchanged
+from dllava_export.bundles.layout import LLM_FOLDER, MANIFEST, VISUAL_FOLDER
+from dllava_export.errors import BundleError, SettingError
+from dllava_export.families.config_file import check_kinds
+from dllava_export.families.config_kinds import (
+    FLAG,
+    LIST,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    WHOLE,
+    WHOLES,
+    Kinds,
+    below,
+)
 from dllava_export.geometry import Geometry, PredictorGeometry
-from dllava_export.precision import Precision
+from dllava_export.json_text import parse_json
+from dllava_export.precision import NUMBER_FORMATS, Precision
 from dllava_export.reporting.output_files import replaced_when_complete
 from dllava_export.sparsity import Sparsity
 
-__all__ = ["SCHEMA_VERSION", "Manifest", "read_manifest", "write_manifest"]
+__all__ = ["SCHEMA_VERSION", "Manifest", "Verification", "read_manifest", "write_manifest"]
 
 SCHEMA_VERSION = 2
 
-_WHOLE_DIGEST_BYTES = 256 << 20
-_SAMPLE_BYTES = 1 << 20
-_NUM_SAMPLES = 64
+Verification = bool | Literal["full"]
+"""What of a bundle's files is compared with its manifest.
+
+False: their sizes. True, the quick check: digests as well; those of files above 256 MiB cover
+64 evenly spread MiB, so that it takes no time, and finds a replaced or truncated file but not
+every changed byte. `full`: every byte.
+"""
+
+_REMEDY = "Export the bundle again."
+_PARTS = ("weights", "activations", "cache")
+_GEOMETRY_KINDS: Kinds = {
+    field.name: (WHOLE,) for field in dataclasses.fields(Geometry) if field.name != "predictor"
+}
+_REQUIRED: Kinds = {
+    "layout": (TEXT,),
+    **below("precision", {part: (TEXT,) for part in _PARTS}),
+    **below("geometry", _GEOMETRY_KINDS),
+    "max_position_embeddings": (WHOLE,),
+    "sparsity": (OBJECT,),
+    "image_token_id": (WHOLE,),
+    "image_aspect_ratio": (TEXT,),
+    "has_visual": (FLAG,),
+    "eos_token_ids": (WHOLES,),
+    "tensors": (OBJECT,),
+    "tensors.*": (OBJECT,),
+    "passes": (OBJECT,),
+    "passes.*": (LIST,),
+    "producer": (OBJECT,),
+    "producer.*": (TEXT,),
+    "source": (TEXT,),
+    "files": (OBJECT,),
+    "files.*": (OBJECT,),
+    "files.*.size": (WHOLE,),
+    "files.*.sha256": (TEXT,),
+}
+_OPTIONAL: Kinds = {
+    "family": (TEXT,),
+    "chat_template": (TEXT,),
+    "embedding": (OBJECT,),
+    "geometry.predictor": (OBJECT,),
+    "geometry.predictor.*": (WHOLE,),
+    "sparsity.policy": (TEXT,),
+    "sparsity.sparse_layer": (WHOLE,),
+    "sparsity.image_keep_rate": (NUMBER,),
+    "sparsity.image_keep_tokens": (WHOLE,),
+    "sparsity.output_text_keep_rate": (NUMBER,),
+    "sparsity.output_text_policy": (TEXT,),
+    "files.*.sampled": (FLAG,),
+    "files.*.blocks_sha256": (TEXT,),
+}
+_EMBEDDING: Kinds = below(
+    "embedding", {"file": (TEXT,), "offset": (WHOLE,), "dtype": (TEXT,), "shape": (WHOLES,)}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +144,21 @@ class Manifest:
     source: str
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest last, over all files that are there."""
+def write_manifest(
+    folder: Path,
+    manifest: Manifest,
+    digest_of: Callable[[Path], str | None] = lambda _: None,
+) -> None:
+    """Write the manifest last, over all files that are there.
+
+    Args:
+        folder: The bundle.
+        manifest: What it holds.
+        digest_of: Gives the `whole_digest` of a file where it is known, else None.
+    """
     values = {**dataclasses.asdict(manifest), "precision": manifest.precision.to_json()}
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    files = {str(p.relative_to(folder)): _fingerprint(p) for p in paths}
+    files = {str(p.relative_to(folder)): file_entry(p, digest_of(p)) for p in paths}
     document = {"schema_version": SCHEMA_VERSION, **values, "files": files}
     target = folder / MANIFEST
     with replaced_when_complete(target, _as_it_is) as partial:
@@ -96,17 +170,23 @@ def _as_it_is(error: OSError) -> OSError:
     return error
 
 
-def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
+def read_manifest(folder: Path, *, verify: Verification = True) -> Manifest:
     """Read a bundle's manifest and check that its files are the ones it was written for.
+
+    Every file in the folders of the graphs must be in the manifest: what is read is listed.
 
     Args:
         folder: The bundle.
-        verify: Compare digests as well as sizes.
+        verify: What to compare of the files, see `Verification`: sizes (False), digests, of
+            large files at samples (True), or every byte (`full`).
 
     Raises:
         BundleError: If there is no manifest, it is of another schema version or damaged, or a
-            file is missing or was changed.
+            file is missing, was added or was changed.
+        SettingError: If there is no such verification.
     """
+    if not isinstance(verify, bool) and verify != "full":
+        raise SettingError(f"verify must be True, False or 'full', got {verify!r}.")
     path = folder / MANIFEST
     if not path.is_file():
         kind = "has no " + MANIFEST if folder.is_dir() else "is not a folder"
@@ -115,10 +195,12 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
             "`dllava-export export CHECKPOINT OUT`."
         )
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        version = int(document.pop("schema_version"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path} is damaged ({error}). Export the bundle again.") from error
+        document = parse_json(path.read_bytes(), unique_keys=True)
+        check_version = {"schema_version": (WHOLE,)}
+        _check_kinds(path, document, check_version)
+        version = document.pop("schema_version")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path} is damaged ({error}). {_REMEDY}") from error
     if not 1 <= version <= SCHEMA_VERSION:
         remedy = "Update dllava-export" if version > SCHEMA_VERSION else "Export it again"
         raise BundleError(
@@ -128,10 +210,61 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     try:
         if version == 1:
             document = _from_schema_1(document)
-        _check_files(folder, document.pop("files"), verify)
-        return _manifest_from(document)
+        _check_values(path, document)
+        files = document.pop("files")
+        manifest = _manifest_from(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"{path} is damaged ({error}). Export the bundle again.") from error
+        raise BundleError(f"{path} is damaged ({error}). {_REMEDY}") from error
+    _check_all_listed(folder, files)
+    _check_files(folder, files, verify)
+    return manifest
+
+
+def _check_kinds(
+    path: Path, document: Mapping[str, Any], kinds: Kinds, *, required: bool = True
+) -> None:
+    where = f"{path} is damaged"
+    check_kinds(document, kinds, where, BundleError, required=required, remedy=_REMEDY)
+
+
+def _check_values(path: Path, document: Mapping[str, Any]) -> None:
+    """Check what a manifest holds: kinds, and numbers that are sizes."""
+    _check_kinds(path, document, _REQUIRED)
+    _check_kinds(path, document, _OPTIONAL, required=False)
+    sizes = {f"geometry.{key}": document["geometry"][key] for key in _GEOMETRY_KINDS}
+    sizes["max_position_embeddings"] = document["max_position_embeddings"]
+    embedding = document["embedding"]
+    if embedding is not None:
+        _check_kinds(path, document, _EMBEDDING)
+        if PurePosixPath(embedding["file"]).name != embedding["file"]:
+            raise _damaged(
+                path, "embedding.file", embedding["file"], "a name without a folder"
+            )
+        known = [number_format.stored_name for number_format in NUMBER_FORMATS.values()]
+        if embedding["dtype"] not in known:
+            raise _damaged(path, "embedding.dtype", embedding["dtype"], ", ".join(known))
+        if len(embedding["shape"]) != 2:
+            raise _damaged(path, "embedding.shape", embedding["shape"], "two sizes")
+        sizes["embedding.shape"] = min(embedding["shape"])
+        sizes["embedding.offset"] = embedding["offset"]
+    for key, value in sizes.items():
+        lowest = 0 if key in ("geometry.num_image_tokens", "embedding.offset") else 1
+        if value < lowest:
+            raise _damaged(path, key, value, f"at least {lowest}")
+    for graph, passes in document["passes"].items():
+        for number, entry in enumerate(passes):
+            if not isinstance(entry, dict) or not isinstance(entry.get("parameters"), dict):
+                raise _damaged(path, f"passes.{graph}.{number}", entry, "a pass's parameters")
+    for name in (*document["files"], *document["tensors"]):
+        place = PurePosixPath(name.replace("\\", "/"))
+        if not place.name or place.is_absolute() or ".." in place.parts or "\0" in name:
+            raise _damaged(path, "files", name, "a file in the bundle")
+
+
+def _damaged(path: Path, key: str, found: object, expected: str) -> BundleError:
+    return BundleError(
+        f"{path} is damaged: {key} is {found!r}, expected {expected}. {_REMEDY}"
+    )
 
 
 def _from_schema_1(document: dict[str, Any]) -> dict[str, Any]:
@@ -159,15 +292,45 @@ def _manifest_from(document: dict[str, Any]) -> Manifest:
     )
 
 
-def _check_files(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -> None:
+def _check_all_listed(folder: Path, files: Mapping[str, Any]) -> None:
+    """Refuse a file that somebody added where tokenizers and runtimes look for theirs."""
+    for path in _files_read(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in files:
+            raise BundleError(
+                f"{path} is not among the files of {folder / MANIFEST}: it was added after the "
+                "bundle was written, and would be read. Remove it, or export the bundle again."
+            )
+
+
+def _files_read(folder: Path) -> Iterator[Path]:
+    """Yield the files beside the graphs; hidden ones are read by nobody."""
+    for part in (LLM_FOLDER, VISUAL_FOLDER):
+        for path in sorted((folder / part).rglob("*")):
+            if not path.is_dir() and not path.name.startswith("."):
+                yield path
+
+
+def _check_files(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], verify: Verification
+) -> None:
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             raise BundleError(
                 f"{folder} lacks {name}. Copy the whole bundle, or export it again."
             )
-        size = path.stat().st_size
-        if size != expected["size"] or (verify and _fingerprint(path) != expected):
+        try:
+            size = path.stat().st_size
+            is_same = size == expected["size"] and (
+                not verify or is_unchanged(path, expected, full=verify == "full")
+            )
+        except OSError as error:
+            raise BundleError(
+                f"{path} cannot be read ({error.strerror}), expected a file that the manifest "
+                "lists. Change its rights, or copy the whole bundle again."
+            ) from error
+        if not is_same:
             found = f"has {size} bytes" if size != expected["size"] else "has other contents"
             raise BundleError(
                 f"{path} was changed after the bundle was written: it {found}, the manifest "
@@ -175,18 +338,3 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -
                 "be hard links to the checkpoint's files: was the checkpoint changed in place? "
                 "Export again."
             )
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """Return size and digest; of large files the digest covers evenly spread samples."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= _WHOLE_DIGEST_BYTES:
-            while chunk := file.read(_SAMPLE_BYTES):
-                digest.update(chunk)
-            return {"size": size, "sha256": digest.hexdigest()}
-        for number in range(_NUM_SAMPLES):
-            file.seek(number * (size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return {"size": size, "sha256": digest.hexdigest(), "sampled": True}

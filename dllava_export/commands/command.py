@@ -10,6 +10,7 @@ import click
 from dllava_export.boundary import expected_errors_only
 from dllava_export.errors import DllavaExportError, UnexpectedError
 from dllava_export.extras import missing_packages_explained
+from dllava_export.reporting.interrupts import terminate_as_exit
 from dllava_export.reporting.resources import ResourceUsage, measure_resources
 
 __all__ = ["Command"]
@@ -23,7 +24,8 @@ class Command(click.Command):
     The message holds the error, and the pass that raised it. An error that nobody thought of
     shows its traceback before it. The epilog is one example, kept as it is written. Time,
     memory and bytes written are a line on stderr, after the result; every command has
-    `--profile`, which adds the stages.
+    `--profile`, which adds the stages. SIGTERM ends it as Ctrl-C does: nothing half written
+    stays.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -50,7 +52,7 @@ class Command(click.Command):
         Raises:
             click.ClickException: In place of an error of this package.
         """
-        with measure_resources() as meter:
+        with terminate_as_exit(), measure_resources() as meter:
             try:
                 result = self._invoke_with_messages(ctx)
             except click.exceptions.Exit:  # a result too: of a check that failed

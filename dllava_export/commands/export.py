@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dllava_export.commands.command import Command
-from dllava_export.commands.options import check_keep, sparsity_options
+from dllava_export.commands.options import check_keep, link_option, sparsity_options
 from dllava_export.families.chat_templates import named_templates
 from dllava_export.precision import NUMBER_FORMATS
 
@@ -42,6 +42,7 @@ __all__ = ["export"]
     help="How the model was taught to read conversations, FILE a jinja2 template."
     "  [default: what the checkpoint says, else a guess]",
 )
+@link_option
 @sparsity_options
 @click.pass_obj
 def export(
@@ -53,12 +54,13 @@ def export(
     precision: str | None,
     num_decoder_layers: int | None,
     chat_template: str | None,
+    link: bool,
     **sparsity: Any,
 ) -> None:
     """Export CHECKPOINT (a folder or a hub id) to the bundle OUT.
 
-    Reads original LLaVA-1.5, Dynamic-LLaVA and llava-hf checkpoints. Weights are hard-linked
-    where possible, so that a bundle costs next to no disk space.
+    Reads original LLaVA-1.5, Dynamic-LLaVA and llava-hf checkpoints. Weights are copied, or
+    share the checkpoint's blocks where the file system can (btrfs, XFS).
     """
     check_keep(sparsity)
 
@@ -71,6 +73,7 @@ def export(
         precision=precision,
         num_decoder_layers=num_decoder_layers,
         chat_template=chat_template,
+        link=link,
         progress=obj["progress"],
         **sparsity,
     )

@@ -24,6 +24,7 @@ __all__ = [
     "check_folder",
     "check_keep",
     "given_backend_options",
+    "link_option",
     "parse_ids",
     "prompt_options",
     "sampling_options",
@@ -122,6 +123,16 @@ def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def link_option(function: Callable[..., None]) -> Callable[..., None]:
+    """Option that asks for hard links in place of copies of weights."""
+    return click.option(
+        "--link",
+        is_flag=True,
+        help="Hard-link weights instead of copying them, where the file system can. The bundle "
+        "takes no space and runs, but onnx, netron, polygraphy and onnxslim refuse to read it.",
+    )(function)
 
 
 def backend_choice(

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dllava_export.commands.command import Command
-from dllava_export.commands.options import check_keep, sparsity_options
+from dllava_export.commands.options import check_keep, link_option, sparsity_options
 
 __all__ = ["sparsify"]
 
@@ -23,10 +23,17 @@ __all__ = ["sparsify"]
     "--predictors",
     help="Checkpoint (folder or hub id) to take trained predictors from, where DENSE has none.",
 )
+@link_option
 @sparsity_options
 @click.pass_obj
 def sparsify(
-    obj: dict[str, Any], /, dense: Path, out: Path, predictors: str | None, **sparsity: Any
+    obj: dict[str, Any],
+    /,
+    dense: Path,
+    out: Path,
+    predictors: str | None,
+    link: bool,
+    **sparsity: Any,
 ) -> None:
     """Run only the passes: make the bundle OUT from DENSE.
 
@@ -37,6 +44,6 @@ def sparsify(
     from dllava_export import api
 
     report = api.sparsify(
-        dense, out, predictors=predictors, progress=obj["progress"], **sparsity
+        dense, out, predictors=predictors, link=link, progress=obj["progress"], **sparsity
     )
     click.echo(report.to_text())

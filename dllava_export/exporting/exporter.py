@@ -11,12 +11,8 @@ from typing import TYPE_CHECKING
 
 from dllava_export import names
 from dllava_export.bundles import layout
-from dllava_export.bundles.files import (
-    bytes_of_new_files,
-    describe_tensors,
-    save_models,
-    tool_versions,
-)
+from dllava_export.bundles.bundle_writer import BundleWriter
+from dllava_export.bundles.files import describe_tensors, save_models, tool_versions
 from dllava_export.bundles.manifest import Manifest, write_manifest
 from dllava_export.errors import BundleError
 from dllava_export.exporting.options import SparsityOptions, complete_sparsity
@@ -34,7 +30,7 @@ from dllava_export.families.chat_templates import (
 from dllava_export.families.special_token_ids import contradictions, end_ids, stated_ids
 from dllava_export.precision import BF16, FP16, Precision
 from dllava_export.reporting import resources
-from dllava_export.reporting.output_files import new_folder
+from dllava_export.reporting.output_folders import new_folder
 from dllava_export.reporting.stages import show_stages
 from dllava_export.sparsity import Sparsity
 
@@ -79,7 +75,7 @@ def export_checkpoint(
     *,
     precision: str | None = None,
     chat_template: str | None = None,
-    link: bool = True,
+    link: bool = False,
     progress: bool = False,
 ) -> ExportReport:
     """Export a checkpoint to a bundle.
@@ -92,7 +88,9 @@ def export_checkpoint(
             bf16, which ONNX Runtime does not run on a CPU.
         chat_template: How conversations are written: a name of `families.chat_templates`,
             `checkpoint`, or a file with a jinja2 template; what the checkpoint says by default.
-        link: Hard-link weights where possible instead of copying them.
+        link: Hard-link weights where possible. onnx, and tools that read models through it,
+            refuse such a bundle. By default weights are copied, or cloned where the file
+            system can.
         progress: Show a progress bar on stderr.
 
     Raises:
@@ -119,7 +117,8 @@ def export_checkpoint(
     )
     stored = checkpoint.weight_format
     chosen = Precision.of(precision or (FP16 if stored == BF16 else stored).name)
-    with new_folder(Path(out)) as folder:
+    writer = BundleWriter(link=link, progress=progress)
+    with new_folder(Path(out), sources=_folders(checkpoint)) as folder:
         llm, visual = folder / layout.LLM_FOLDER, folder / layout.VISUAL_FOLDER
         llm.mkdir()
         visual.mkdir()
@@ -139,17 +138,15 @@ def export_checkpoint(
             # First in line, so that the data file is the same whatever the sparsity.
             models = sources | models
         with resources.stage("attaching weights"):
-            llm_report = attach_weights(
-                models, llm, checkpoint.tensors, link=link, progress=progress
-            )
-            visual_report = attach_weights(
-                {layout.VISUAL: visual_model}, visual, checkpoint.tensors, link=link
+            attach_weights(models, llm, checkpoint.tensors, writer=writer)
+            attach_weights(
+                {layout.VISUAL: visual_model}, visual, checkpoint.tensors, writer=writer
             )
             embedding = write_embedding(
                 llm,
                 checkpoint.tensors[names.TOKEN_EMBEDDING],
                 chosen.weights.numpy,
-                link=link,
+                writer=writer,
             )
         with resources.stage("writing graphs"):
             save_models(llm, models)
@@ -178,16 +175,23 @@ def export_checkpoint(
             source=str(checkpoint.path),
         )
         with resources.stage("digests and manifest"):
-            write_manifest(folder, manifest)
-        written = bytes_of_new_files(folder)
+            write_manifest(folder, manifest, writer.digest_of)
+        written = writer.bytes_written(folder)
     return ExportReport(
-        Path(out),
-        manifest,
-        llm_report.bytes_linked + visual_report.bytes_linked,
-        written,
-        time.perf_counter() - start,
-        tuple(warnings),
+        folder=Path(out),
+        manifest=manifest,
+        bytes_linked=writer.bytes_linked,
+        bytes_cloned=writer.bytes_cloned,
+        bytes_written=written,
+        seconds=time.perf_counter() - start,
+        weights_seconds=writer.seconds,
+        warnings=tuple(warnings),
     )
+
+
+def _folders(checkpoint: Checkpoint) -> set[Path]:
+    """Return the folders that weights are read from."""
+    return {source.file.parent for source in checkpoint.tensors.values() if source.file}
 
 
 def predictor_model(checkpoint: Checkpoint) -> onnx.ModelProto | None:

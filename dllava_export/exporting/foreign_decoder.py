@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllava_export import names
+from dllava_export.bundles.bundle_writer import BundleWriter
 from dllava_export.bundles.layout import DATA_FILE
 from dllava_export.errors import (
     BundleError,
@@ -23,11 +23,13 @@ from dllava_export.errors import (
     PreconditionError,
     UnsupportedModelError,
 )
+from dllava_export.exporting.external_data import external_place, tensor_bytes
 from dllava_export.exporting.graph_limits import (
     check_number_of_nodes,
     check_sizes_of_shapes,
     may_fold,
 )
+from dllava_export.reporting.interrupts import interrupts_as_themselves
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,12 +62,16 @@ class ForeignDecoder:
     embedding: dict[str, Any] | None
 
 
-def read_decoder(path: Path, folder: Path) -> ForeignDecoder:
-    """Read a decoder and put its weights into `folder`: linked, or moved out of the graph.
+def read_decoder(
+    path: Path, folder: Path, writer: BundleWriter | None = None
+) -> ForeignDecoder:
+    """Read a decoder and put its weights into `folder`: copied, or moved out of the graph.
 
     Args:
         path: An `.onnx` file; external data beside it.
         folder: Existing folder that the decoder's models will be saved in.
+        writer: Puts files into the folder. Data files are never hard-linked: onnx would refuse
+            to read them, for the one whom they belong to as well.
 
     Raises:
         BundleError: If the file is missing, damaged, or lacks its external data.
@@ -79,7 +85,7 @@ def read_decoder(path: Path, folder: Path) -> ForeignDecoder:
         check_opset(model)
         check_number_of_nodes(path, model)
         _check_inputs(path, model)
-        _place_weights(path, model, folder)
+        _place_weights(path, model, folder, writer or BundleWriter())
         model = _tidy(path, model)
         return ForeignDecoder(model, _embedding_reference(model, folder))
 
@@ -163,35 +169,33 @@ def _check_inputs(path: Path, model: onnx.ModelProto) -> None:
 # Weights: one copy on disk, whatever number of graphs uses them.
 
 
-def _place_weights(path: Path, model: onnx.ModelProto, folder: Path) -> None:
-    """Link external data, move large inline values to a data file, take small ones in."""
-    from onnx.external_data_helper import load_external_data_for_tensor
-
+def _place_weights(
+    path: Path, model: onnx.ModelProto, folder: Path, writer: BundleWriter
+) -> None:
+    """Copy external data, move large inline values to a data file, take small ones in."""
     from dllava_export.exporting.weights import MAX_INLINE_BYTES
 
-    files: dict[str, str] = {}
+    brought: dict[Path, str] = {}
     inline = []
     tables = _tables_of_token_ids(model)
     for tensor in _tensors(model.graph):
-        size = _num_bytes(tensor)
-        has_room = size <= MAX_INLINE_BYTES and tensor.name not in tables
+        has_room = tensor_bytes(tensor) <= MAX_INLINE_BYTES and tensor.name not in tables
         if tensor.data_location != tensor.EXTERNAL:
             if not has_room:
                 inline.append(tensor)
             continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        source = _data_file(path, tensor.name, entries, size)
+        place = external_place(path, tensor)
         if has_room:
-            load_external_data_for_tensor(tensor, str(path.parent))
+            tensor.raw_data = place.read()
             tensor.data_location = tensor.DEFAULT
             del tensor.external_data[:]
             continue
-        location = entries["location"]
-        if location not in files:
-            files[location] = _bring(source, folder, files.values())
-        entries |= {"location": files[location], "length": str(size)}
-        _refer(tensor, {"offset": "0"} | entries)
-    _move_out(inline, folder / DATA_FILE)
+        if place.file not in brought:
+            name = _free_name(place.file.name, brought.values())
+            writer.bring(place.file, folder / name, may_link=False)
+            brought[place.file] = name
+        _refer(tensor, brought[place.file], place.offset, place.length)
+    _move_out(inline, folder / DATA_FILE, writer)
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
@@ -213,53 +217,23 @@ def _tables_of_token_ids(model: onnx.ModelProto) -> set[str]:
     }
 
 
-def _num_bytes(tensor: onnx.TensorProto) -> int:
-    import onnx
-
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return math.prod(tensor.dims) * dtype.itemsize
-
-
-def _data_file(path: Path, tensor: str, entries: dict[str, str], size: int) -> Path:
-    """Return the file an external tensor lies in, which must hold all of it."""
-    location = PurePosixPath(entries.get("location", "").replace("\\", "/"))
-    if not location.name or location.is_absolute() or ".." in location.parts:
-        raise BundleError(
-            f"{path} keeps the weight {tensor!r} in {str(location)!r}; expected a file beside "
-            "the model or below. Save it with its external data in one folder."
-        )
-    file = path.parent / location
-    end = int(entries.get("offset", 0)) + size
-    found = file.stat().st_size if file.is_file() else None
-    if found is None or found < end:
-        state = "is missing" if found is None else f"has {found} bytes"
-        raise BundleError(
-            f"{file} {state}, expected the weights of {path.name} up to byte {end}. Copy the "
-            "external data along with the model."
-        )
-    return file
-
-
-def _bring(source: Path, folder: Path, taken: Iterable[str]) -> str:
-    """Link or copy a data file into `folder`; return its new name, which clashes with none."""
-    from dllava_export.bundles.files import link_or_copy
-
+def _free_name(name: str, taken: Iterable[str]) -> str:
+    """Return a name for a data file that clashes with none."""
     used = set(taken)
-    name, number = f"decoder-{source.name}", 1
-    while name in used:
+    free, number = f"decoder-{name}", 1
+    while free in used:
         number += 1
-        name = f"decoder-{number}-{source.name}"
-    link_or_copy(source, folder / name)
-    return name
+        free = f"decoder-{number}-{name}"
+    return free
 
 
-def _move_out(tensors: Sequence[onnx.TensorProto], file: Path) -> None:
+def _move_out(tensors: Sequence[onnx.TensorProto], file: Path, writer: BundleWriter) -> None:
     """Write inline values to a data file and let the tensors refer to it."""
     import onnx
 
     if not tensors:
         return
-    with file.open("wb") as data:
+    with writer.new_file(file) as data:
         for tensor in tensors:
             data.write(bytes(-data.tell() % 64))
             offset = data.tell()
@@ -267,15 +241,15 @@ def _move_out(tensors: Sequence[onnx.TensorProto], file: Path) -> None:
             data.write(values.tobytes())
             for field in ("float_data", "int32_data", "int64_data", "double_data"):
                 tensor.ClearField(field)
-            entries = {"location": file.name, "offset": offset, "length": values.nbytes}
-            _refer(tensor, entries)
+            _refer(tensor, file.name, offset, values.nbytes)
 
 
-def _refer(tensor: onnx.TensorProto, entries: dict[str, Any]) -> None:
+def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
     tensor.ClearField("raw_data")
     del tensor.external_data[:]
-    for key in ("location", "offset", "length"):
-        tensor.external_data.add(key=key, value=str(entries[key]))
+    entries = {"location": location, "offset": offset, "length": length}
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
     tensor.data_location = tensor.EXTERNAL
 
 
@@ -309,6 +283,7 @@ def _embedding_reference(model: onnx.ModelProto, folder: Path) -> dict[str, Any]
 # Shapes: what the passes read head counts and ranks from.
 
 
+@interrupts_as_themselves()
 def _tidy(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     """Fold what does not depend on the input's size, and give every value a shape.
 

@@ -13,6 +13,11 @@ from dllava_export.sparsity import Sparsity
 
 __all__ = ["ExportReport"]
 
+_LINK_WARNING = (
+    "weights are hard links: onnx, netron, polygraphy and onnxslim refuse to read them, and "
+    "whoever changes the linked files in place changes this bundle. Leave --link out for a copy."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
@@ -21,17 +26,21 @@ class ExportReport:
     Attributes:
         folder: The bundle.
         manifest: Its manifest.
-        bytes_linked: Weight bytes shared with the checkpoint's files by hard links.
+        bytes_linked: Bytes of files that are hard links to those of the source.
+        bytes_cloned: Bytes of files that share their blocks with those of the source.
         bytes_written: Bytes of new files.
         seconds: Wall time.
+        weights_seconds: The part of it that weights took.
         warnings: What the user should know.
     """
 
     folder: Path
     manifest: Manifest
     bytes_linked: int
+    bytes_cloned: int
     bytes_written: int
     seconds: float
+    weights_seconds: float
     warnings: tuple[str, ...]
 
     def to_text(self) -> str:
@@ -39,7 +48,7 @@ class ExportReport:
         sparsity, geometry = self.manifest.sparsity, self.manifest.geometry
         lines = [
             f"Wrote {self.folder} in {self.seconds:.1f} s: "
-            f"{format_bytes(self.bytes_written)} new, {format_bytes(self.bytes_linked)} linked",
+            f"{format_bytes(self.bytes_written)} new, weights {self._how_weights_came()}",
             f"  decoder   {geometry.num_layers} layers, hidden {geometry.hidden_size}, "
             f"{self.manifest.precision}",
         ]
@@ -63,7 +72,16 @@ class ExportReport:
         )
         lines.append(f"  graphs    {', '.join(f'llm/{name}' for name in names)}{visual}")
         lines += [f"warning: {warning}" for warning in self.warnings]
+        if self.bytes_linked:
+            lines.append(f"warning: {_LINK_WARNING}")
         return "\n".join(lines)
+
+    def _how_weights_came(self) -> str:
+        if self.bytes_linked:
+            return f"linked ({format_bytes(self.bytes_linked)})"
+        if self.bytes_cloned:
+            return f"cloned ({format_bytes(self.bytes_cloned)} that take no space)"
+        return f"copied in {self.weights_seconds:.1f} s"
 
 
 def _kept_image_tokens(sparsity: Sparsity, geometry: Geometry) -> str:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from dllava_export import names
 from dllava_export.bundles import layout
+from dllava_export.bundles.bundle_writer import BundleWriter
 from dllava_export.bundles.files import (
-    bytes_of_new_files,
     describe_tensors,
-    link_or_copy,
     referenced_files,
     save_models,
     tool_versions,
@@ -38,7 +37,7 @@ from dllava_export.geometry import Geometry, PredictorConfig, PredictorGeometry
 from dllava_export.passes.policies.registry import POLICIES
 from dllava_export.precision import NUMBER_FORMATS, Precision, format_of_dtype
 from dllava_export.reporting import resources
-from dllava_export.reporting.output_files import new_folder
+from dllava_export.reporting.output_folders import new_folder
 from dllava_export.reporting.stages import show_stages
 from dllava_export.sparsity import DENSE
 
@@ -101,6 +100,7 @@ def sparsify_decoder(
     options: SparsityOptions | None = None,
     *,
     predictors: str | Path | None = None,
+    link: bool = False,
     progress: bool = False,
 ) -> ExportReport:
     """Sparsify a dense decoder; no checkpoint is read, but for predictors.
@@ -113,6 +113,9 @@ def sparsify_decoder(
         options: Sparsification; by default as the predictors were trained.
         predictors: Checkpoint, a folder or hub id, whose trained predictors are used. By
             default those of the bundle, if it has any.
+        link: Hard-link the weights of a bundle where possible. onnx, and tools that read models
+            through it, refuse such a bundle. By default weights are copied, or cloned where
+            the file system can; those of an `.onnx` file always are.
         progress: Show a progress bar on stderr.
 
     Raises:
@@ -121,14 +124,21 @@ def sparsify_decoder(
     """
     start = time.perf_counter()
     source = Path(dense)
-    with new_folder(Path(out)) as folder, show_stages(progress, _NUM_STAGES) as stage:
+    writer = BundleWriter(link=link, progress=progress)
+    sources = [source] if source.is_dir() else []
+    with (
+        new_folder(Path(out), sources=sources) as folder,
+        show_stages(progress, _NUM_STAGES) as stage,
+    ):
         llm = folder / layout.LLM_FOLDER
         llm.mkdir()
         with stage("reading the decoder"):
-            decoder = _from_bundle(source) if source.is_dir() else _from_onnx(source, llm)
+            decoder = (
+                _from_bundle(source) if source.is_dir() else _from_onnx(source, llm, writer)
+            )
             trained = decoder.predictors
             if predictors is not None:
-                trained = _from_checkpoint(predictors, llm)
+                trained = _from_checkpoint(predictors, llm, writer)
         geometry = decoder.manifest.geometry
         sparsity = complete_sparsity(
             options or SparsityOptions(),
@@ -152,7 +162,7 @@ def sparsify_decoder(
                 geometry = dataclasses.replace(geometry, predictor=_sizes(trained.config))
             save_models(llm, models)
             if source.is_dir():
-                _carry_over(source, folder, models, decoder.manifest)
+                _carry_over(source, folder, models, decoder.manifest, writer)
         manifest = dataclasses.replace(
             decoder.manifest,
             geometry=geometry,
@@ -166,12 +176,17 @@ def sparsify_decoder(
             source=str(source),
         )
         with resources.stage("digests and manifest"):
-            write_manifest(folder, manifest)
-        written = bytes_of_new_files(folder)
-        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    seconds = time.perf_counter() - start
+            write_manifest(folder, manifest, writer.digest_of)
+        written = writer.bytes_written(folder)
     return ExportReport(
-        Path(out), manifest, total - written, written, seconds, decoder.warnings
+        folder=Path(out),
+        manifest=manifest,
+        bytes_linked=writer.bytes_linked,
+        bytes_cloned=writer.bytes_cloned,
+        bytes_written=written,
+        seconds=time.perf_counter() - start,
+        weights_seconds=writer.seconds,
+        warnings=decoder.warnings,
     )
 
 
@@ -224,7 +239,7 @@ def _is_trained(policy: str) -> bool:
     return found is not None and found.needs_predictors
 
 
-def _from_checkpoint(location: str | Path, llm: Path) -> _Predictors:
+def _from_checkpoint(location: str | Path, llm: Path, writer: BundleWriter) -> _Predictors:
     """Copy a checkpoint's predictors into `llm`; nothing else of it is used."""
     from dllava_export.checkpoints.checkpoint import read_checkpoint
     from dllava_export.exporting.weights import attach_weights
@@ -238,8 +253,14 @@ def _from_checkpoint(location: str | Path, llm: Path) -> _Predictors:
             f"{untrained_choices()}."
         )
     models = {layout.PREDICTORS: model}
-    # Not linked: that would carry the whole checkpoint along.
-    attach_weights(models, llm, checkpoint.tensors, data_name=_PREDICTOR_DATA, link=False)
+    attach_weights(
+        models,
+        llm,
+        checkpoint.tensors,
+        data_name=_PREDICTOR_DATA,
+        share=False,  # that would carry the whole checkpoint along
+        writer=writer,
+    )
     return _Predictors(checkpoint.spec.predictors, model)
 
 
@@ -262,9 +283,13 @@ def _sizes(config: PredictorConfig) -> PredictorGeometry:
 
 
 def _carry_over(
-    source: Path, folder: Path, models: dict[str, onnx.ModelProto], manifest: Manifest
+    source: Path,
+    folder: Path,
+    models: dict[str, onnx.ModelProto],
+    manifest: Manifest,
+    writer: BundleWriter,
 ) -> None:
-    """Link the weights that the new graphs use, copy tokenizer, configuration and visual."""
+    """Bring the weights that the new graphs use, copy tokenizer, configuration and visual."""
     import onnx
 
     llm = source / layout.LLM_FOLDER
@@ -277,7 +302,7 @@ def _carry_over(
         target = folder / layout.LLM_FOLDER / path.name
         if path.suffix == ".onnx" or path.name in unneeded or target.exists():
             continue
-        _bring(path, target, is_weight=path.name in needed)
+        _bring(path, target, writer if path.name in needed else None)
     if manifest.has_visual:
         visual = source / layout.VISUAL_FOLDER
         model = onnx.load(visual / layout.VISUAL, load_external_data=False)
@@ -285,23 +310,23 @@ def _carry_over(
         (folder / layout.VISUAL_FOLDER).mkdir()
         for path in sorted(visual.iterdir()):
             target = folder / layout.VISUAL_FOLDER / path.name
-            _bring(path, target, is_weight=path.name in weights)
+            _bring(path, target, writer if path.name in weights else None)
 
 
-def _bring(path: Path, target: Path, *, is_weight: bool) -> None:
-    """Link weights; copy what somebody may want to edit in one bundle only."""
-    if is_weight:
-        link_or_copy(path, target)
+def _bring(path: Path, target: Path, writer: BundleWriter | None) -> None:
+    """Bring weights as the writer does; copy what somebody may edit in one bundle only."""
+    if writer is not None:
+        writer.bring(path, target)
     elif path.is_file():
         shutil.copyfile(path, target)
 
 
-def _from_onnx(path: Path, llm: Path) -> _DenseDecoder:
+def _from_onnx(path: Path, llm: Path, writer: BundleWriter) -> _DenseDecoder:
     from dllava_export.passes.base import run_passes
     from dllava_export.passes.graph_io import graph_from_model
     from dllava_export.pipeline import normalising_passes
 
-    decoder = read_decoder(path, llm)
+    decoder = read_decoder(path, llm, writer)
     config, warnings = _copy_config(path, llm)
     with damage_explained(path):
         graph = graph_from_model(decoder.model)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dllava_export import names
+from dllava_export.reporting.interrupts import interrupts_as_themselves
 
 if TYPE_CHECKING:
     import onnx
@@ -45,6 +46,7 @@ def trace_visual(checkpoint: Checkpoint, dtype: torch.dtype) -> onnx.ModelProto:
     return trace(checkpoint.spec.visual(), dtype)
 
 
+@interrupts_as_themselves()
 def trace(traceable: Traceable, dtype: torch.dtype) -> onnx.ModelProto:
     """Trace, then let ONNX Script's optimizer tidy up the graph without looking at weights.
 

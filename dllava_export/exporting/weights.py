@@ -3,34 +3,31 @@
 Graphs are built with initializers that only *refer* to a checkpoint tensor
 (`reference_tensor`). `attach_weights` turns each into external data next to the models:
 
-    "@checkpoint" ─┬─ same type, same file system ─► hard link to the checkpoint's own file
-                   ├─ otherwise ───────────────────► model.onnx.data, converted piece by piece
-                   └─ at most 1 KiB ───────────────► inside the model
+    "@checkpoint" ─┬─ same type, file can be shared ─► hard link or clone of the checkpoint's file
+                   ├─ otherwise ──────────────────► model.onnx.data, converted piece by piece
+                   └─ at most 1 KiB ──────────────► inside the model
 
-ONNX Runtime accepts hard links inside the model's folder and refuses symbolic ones, so a link
-is made to the real file behind a hub cache's symbolic link.
+ONNX Runtime accepts hard links inside the model's folder and refuses symbolic ones; onnx
+refuses both. `BundleWriter` links only where it was told to.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
-from tqdm import tqdm
 
+from dllava_export.bundles.bundle_writer import BundleWriter, progress_bar
 from dllava_export.checkpoints.tensor_source import DTYPE_NAMES, TensorSource
-from dllava_export.errors import BundleError, CheckpointError
-from dllava_export.reporting.output_files import replaced_when_complete
+from dllava_export.errors import CheckpointError
 
 __all__ = [
     "CHECKPOINT_LOCATION",
@@ -62,13 +59,13 @@ class AttachReport:
     """What `attach_weights` did. A tensor that several models use counts once.
 
     Attributes:
-        bytes_linked: Bytes of tensors that stay in the checkpoint's own files.
+        bytes_shared: Bytes of tensors in links to, or clones of, the checkpoint's own files.
         bytes_written: Bytes of tensors copied or converted into the data file.
         bytes_inlined: Bytes of tensors stored inside the models.
         files: Names of the files in the folder that the models refer to.
     """
 
-    bytes_linked: int
+    bytes_shared: int
     bytes_written: int
     bytes_inlined: int
     files: tuple[str, ...]
@@ -105,8 +102,8 @@ def attach_weights(
     sources: Mapping[str, TensorSource],
     *,
     data_name: str = "model.onnx.data",
-    link: bool = True,
-    progress: bool = False,
+    share: bool = True,
+    writer: BundleWriter | None = None,
 ) -> AttachReport:
     """Replace every reference in `models` by external data in `folder`; the models change.
 
@@ -119,16 +116,17 @@ def attach_weights(
         folder: Existing folder that the models will be saved in.
         sources: Canonical name → checkpoint tensor.
         data_name: Name of the data file; not written where nothing goes into it.
-        link: Hard-link checkpoint files where possible.
-        progress: Show written bytes on stderr.
+        share: Link or clone checkpoint files where `writer` can; False copies the tensors.
+        writer: Puts files into the folder; one that makes no hard links by default.
 
     Raises:
         CheckpointError: If a reference names no source or one of another shape, or a value
             does not fit the initializer's type.
         BundleError: If a file cannot be written.
     """
-    links = _Links(folder, link)
-    linked: dict[int, int] = {}  # id of the source → bytes
+    writer = writer or BundleWriter()
+    files = _SharedFiles(folder, writer if share else None)
+    shared: dict[int, int] = {}  # id of the source → bytes
     inlined: dict[tuple[int, int], bytes] = {}  # (id of the source, data type) → values
     streamed: dict[tuple[int, int], list[onnx.TensorProto]] = {}
     for label, model in models.items():
@@ -140,20 +138,20 @@ def attach_weights(
                 if key not in inlined:
                     inlined[key] = b"".join(_converted(source, dtype))
                 _set_raw_data(tensor, inlined[key])
-            elif source.dtype == dtype and (file := links.file_name(source)):
+            elif source.dtype == dtype and (file := files.name_of(source)):
                 assert source.location is not None
-                linked[id(source)] = source.num_bytes
+                shared[id(source)] = source.num_bytes
                 _set_location(tensor, file, source.location.offset, source.num_bytes)
             else:
                 streamed.setdefault(key, []).append(tensor)
     chosen = {id(source): source for source in sources.values()}
     pairs = [(chosen[key[0]], tensors) for key, tensors in streamed.items()]
-    bytes_written = _write_data(folder / data_name, pairs, progress) if pairs else 0
+    bytes_written = _write_data(folder / data_name, pairs, writer) if pairs else 0
     report = AttachReport(
-        bytes_linked=sum(linked.values()),
+        bytes_shared=sum(shared.values()),
         bytes_written=bytes_written,
         bytes_inlined=sum(map(len, inlined.values())),
-        files=(*links.names, *([data_name] if pairs else [])),
+        files=(*files.names, *([data_name] if pairs else [])),
     )
     logger.info("%s: %s", folder, report)
     return report
@@ -164,8 +162,7 @@ def write_embedding(
     source: TensorSource,
     dtype: np.dtype,
     *,
-    link: bool = True,
-    progress: bool = False,
+    writer: BundleWriter | None = None,
 ) -> dict[str, Any]:
     """Put the token embeddings where the runtime can map them.
 
@@ -173,9 +170,9 @@ def write_embedding(
         folder: Existing folder for the file.
         source: The embeddings: [vocab_size, hidden_size].
         dtype: Type the runtime shall find.
-        link: Refer into a hard-linked checkpoint file where the type allows it; otherwise, and
-            by fallback, `embedding.safetensors` is written.
-        progress: Show written bytes on stderr.
+        writer: Puts files into the folder; one that makes no hard links by default. Where
+            neither type nor file system allow a link or clone of the checkpoint's file,
+            `embedding.safetensors` is written.
 
     Returns:
         A reference for `EmbeddingTable`, ready for JSON: `file` (in `folder`), `offset` in
@@ -186,14 +183,15 @@ def write_embedding(
         BundleError: If the file cannot be written.
     """
     dtype = np.dtype(dtype)
-    file = _Links(folder, link).file_name(source) if source.dtype == dtype else None
+    writer = writer or BundleWriter()
+    file = _SharedFiles(folder, writer).name_of(source) if source.dtype == dtype else None
     if file is not None:
         assert source.location is not None
         offset = source.location.offset
     else:
         file = _EMBEDDING_FILE
         tensors = {_EMBEDDING_NAME: (source, dtype)}
-        offset = write_safetensors(folder / file, tensors, progress=progress)[_EMBEDDING_NAME]
+        offset = write_safetensors(folder / file, tensors, writer=writer)[_EMBEDDING_NAME]
     return {
         "file": file,
         "offset": offset,
@@ -206,14 +204,14 @@ def write_safetensors(
     path: Path,
     tensors: Mapping[str, tuple[TensorSource, np.dtype]],
     *,
-    progress: bool = False,
+    writer: BundleWriter | None = None,
 ) -> dict[str, int]:
     """Write tensors to a `.safetensors` file, never holding more than a piece of one.
 
     Args:
         path: The file; replaced only when all is written.
         tensors: Name → tensor and the type to store it in.
-        progress: Show written bytes on stderr.
+        writer: What the file belongs to, if to a bundle.
 
     Returns:
         Name → offset of its values in the file, in bytes.
@@ -230,7 +228,8 @@ def write_safetensors(
         header[name] = {"dtype": key, "shape": source.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with _replacing(path) as file, _progress_bar(path, end, progress) as bar:
+    writer = writer or BundleWriter()
+    with writer.new_file(path) as file, progress_bar(path, end, writer.progress) as bar:
         file.write(struct.pack("<Q", len(text)) + text)
         for source, dtype in tensors.values():
             for data in _converted(source, np.dtype(dtype)):
@@ -290,47 +289,39 @@ def _set_raw_data(tensor: onnx.TensorProto, data: bytes) -> None:
     tensor.raw_data = data
 
 
-class _Links:
-    """Hard links to checkpoint files in one folder, made on demand."""
+class _SharedFiles:
+    """Links to, or clones of, checkpoint files in one folder, made on demand."""
 
-    def __init__(self, folder: Path, enabled: bool) -> None:
+    def __init__(self, folder: Path, writer: BundleWriter | None) -> None:
         self._folder = folder
-        self._enabled = enabled
+        self._writer = writer
         self._names: dict[Path, str | None] = {}
 
     @property
     def names(self) -> list[str]:
-        """Names of the links."""
+        """Names of the files."""
         return [name for name in self._names.values() if name]
 
-    def file_name(self, source: TensorSource) -> str | None:
-        """Return the name of a link to the file of `source`, or None if there is none."""
-        if not self._enabled or source.location is None:
+    def name_of(self, source: TensorSource) -> str | None:
+        """Return the name of what shares the file of `source`, or None if there is nothing."""
+        if self._writer is None or source.location is None:
             return None
         path = source.location.path
         if path not in self._names:
-            self._names[path] = self._link(path)
+            self._names[path] = self._share(self._writer, path)
         return self._names[path]
 
-    def _link(self, path: Path) -> str | None:
-        real = path.resolve()  # a hub cache holds symbolic links
+    def _share(self, writer: BundleWriter, path: Path) -> str | None:
         number = 1
         while True:
             suffix = "" if number == 1 else f"-{number}"
             target = self._folder / f"checkpoint{suffix}-{path.name}"
+            if writer.is_shared(path, target):
+                return target.name
             try:
-                if target.exists() and target.samefile(real):
-                    return target.name
-                os.link(real, target)
+                return target.name if writer.share(path, target) else None
             except FileExistsError:  # another file of the same name, a vision tower's perhaps
                 number += 1
-            except OSError as error:
-                logger.info(
-                    "%s cannot be hard-linked (%s): its tensors are copied", real, error
-                )
-                return None
-            else:
-                return target.name
 
 
 def _converted(source: TensorSource, dtype: np.dtype) -> Iterator[bytes]:
@@ -353,7 +344,9 @@ def _converted(source: TensorSource, dtype: np.dtype) -> Iterator[bytes]:
 
 
 def _write_data(
-    path: Path, pairs: list[tuple[TensorSource, list[onnx.TensorProto]]], progress: bool
+    path: Path,
+    pairs: list[tuple[TensorSource, list[onnx.TensorProto]]],
+    writer: BundleWriter,
 ) -> int:
     """Write the data file, point the initializers into it, return the bytes of tensors."""
     dtypes = [onnx.helper.tensor_dtype_to_np_dtype(users[0].data_type) for _, users in pairs]
@@ -361,7 +354,8 @@ def _write_data(
         source.num_values * dtype.itemsize
         for (source, _), dtype in zip(pairs, dtypes, strict=True)
     ]
-    with _replacing(path) as file, _progress_bar(path, sum(lengths), progress) as bar:
+    total = sum(lengths)
+    with writer.new_file(path) as file, progress_bar(path, total, writer.progress) as bar:
         for (source, users), dtype, length in zip(pairs, dtypes, lengths, strict=True):
             # Page-aligned tensors can be mapped one by one.
             alignment = _PAGE_BYTES if length > 1 << 20 else 64
@@ -373,28 +367,3 @@ def _write_data(
             for tensor in users:
                 _set_location(tensor, path.name, offset, length)
     return sum(lengths)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file that takes the place of `path` once the block is through."""
-
-    def failure(error: OSError) -> BundleError:
-        return BundleError(
-            f"{path} could not be written: {error}. Expected a writable folder with enough "
-            "free space. Free some, or choose another output folder."
-        )
-
-    with replaced_when_complete(path, failure) as partial, partial.open("wb") as file:
-        yield file
-
-
-def _progress_bar(path: Path, total: int, enabled: bool) -> tqdm:
-    return tqdm(
-        total=total,
-        desc=path.name,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        disable=not enabled,
-    )

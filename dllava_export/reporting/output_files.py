@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllava_export.errors import BundleError, InvalidInputError, SettingError
+from dllava_export.errors import InvalidInputError, SettingError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_plot_format",
-    "new_folder",
-    "replaced_folder",
     "replaced_when_complete",
     "save_plot",
     "write_text",
@@ -88,82 +85,16 @@ def replaced_when_complete(
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())  # a name must not be there before its contents
         partial.replace(path)
     except OSError as error:
         if failure is not None:
             raise failure(error) from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "Free some space" if is_full else "Choose a file you may write"
         raise InvalidInputError(
-            f"{path} cannot be written ({error.strerror or error}). Choose a file you may write."
+            f"{path} cannot be written ({error.strerror or error}). {remedy}."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes `out` if the block ends well, and vanishes if not.
-
-    Raises:
-        BundleError: If `out` exists and is not an empty folder, or cannot be written.
-    """
-    out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        kind = "is a folder with files in it" if out.is_dir() else "is a file"
-        raise BundleError(
-            f"{out} {kind}; expected a new or empty folder. Choose another name or remove it."
-        )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise BundleError(
-            f"{out.parent} cannot be written ({error.strerror}). Choose a folder you may write."
-        ) from error
-    try:
-        partial.chmod(0o755)  # mkdtemp makes it private
-        yield partial
-        partial.rename(out)
-    except OSError as error:
-        raise BundleError(
-            f"Writing {out} failed: {error.strerror or error}. Free some space or choose "
-            "another disk; nothing was left behind."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def replaced_folder(target: Path, advice: str) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of `target` if the block ends well.
-
-    Args:
-        target: The folder; an old one is removed when the new one is in its place.
-        advice: What to do where it cannot be written, for the message.
-
-    Raises:
-        BundleError: If it cannot be written.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise BundleError(
-            f"{target.parent} cannot be written ({error.strerror}). {advice}"
-        ) from error
-    old = partial.with_name(partial.name.replace("partial", "old"))
-    try:
-        partial.chmod(0o755)  # mkdtemp makes it private
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    except OSError as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise BundleError(
-            f"Writing {target} failed: {error.strerror or error}. Free some space; what was "
-            "there before is still there."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

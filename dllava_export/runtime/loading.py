@@ -7,7 +7,8 @@ from typing import Any
 
 from dllava_export.backends.registry import BACKENDS, DEFAULT_BACKEND, backend_options
 from dllava_export.boundary import raises_expected_errors_only
-from dllava_export.bundles.manifest import Manifest, read_manifest
+from dllava_export.bundles.graph_facts import check_graphs
+from dllava_export.bundles.manifest import Manifest, Verification, read_manifest
 from dllava_export.errors import InvalidInputError, SettingError
 from dllava_export.runtime.session import Session
 from dllava_export.settings import whole_number
@@ -21,7 +22,7 @@ def load(
     backend: str = DEFAULT_BACKEND,
     *,
     max_length: int | None = None,
-    verify: bool = True,
+    verify: Verification = True,
     **options: Any,
 ) -> Session:
     """Open a bundle.
@@ -34,7 +35,10 @@ def load(
             have; by default the model's `max_position_embeddings`, or the capacity of its
             engines if that is less. It cannot be larger than that: positions that a model was
             not made for give no sensible answers.
-        verify: Compare the files with the digests in the manifest.
+        verify: What is compared with the manifest. True, the quick check: what graphs and
+            manifest both say, sizes and digests; those of files above 256 MiB cover 64 evenly
+            spread MiB, which finds a replaced file but not every changed byte. `full`: every
+            byte of all files, in seconds per 10 GB. False: sizes alone.
         **options: The backend's own, see its `options`: `provider` ("cpu" or "cuda") and
             `num_threads` of ONNX Runtime, `cuda_graph` of TensorRT.
 
@@ -56,7 +60,9 @@ def load(
             "positions behind them give no sensible answers. Leave max_length out, or take a "
             "model with a longer context."
         )
-    opened = factory.open(folder, manifest, chosen, verify=verify)
+    if verify:
+        check_graphs(folder, manifest)
+    opened = factory.open(folder, manifest, chosen, verify=bool(verify))
     longest = manifest.max_position_embeddings if max_length is None else max_length
     if max_length is None and opened.max_length is not None:
         longest = min(longest, opened.max_length)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dllava_export.bundles.bundle_writer import BundleWriter
 from dllava_export.checkpoints.checkpoint import Checkpoint
 from dllava_export.checkpoints.tensor_source import DTYPE_NAMES, TensorSource, TorchSource
 from dllava_export.exporting.weights import write_safetensors
@@ -63,7 +64,7 @@ def write_checkpoint(
         renames.stored(name): (source, stored.numpy)
         for name, source in sorted(sources.items())
     }
-    write_safetensors(out / WEIGHTS, tensors, progress=progress)
+    write_safetensors(out / WEIGHTS, tensors, writer=BundleWriter(progress=progress))
     generation = checkpoint.path / "generation_config.json"
     for path in (*checkpoint.tokenizer_files, *([generation] if generation.is_file() else [])):
         shutil.copyfile(path, out / path.name)

@@ -28,7 +28,7 @@ from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError
 from dllava_export.precision import BF16
 from dllava_export.reporting.byte_sizes import format_bytes
-from dllava_export.reporting.output_files import new_folder
+from dllava_export.reporting.output_folders import new_folder
 from dllava_export.runtime.session import Session
 from dllava_export.validation.conversation import Conversation, conversation_for
 from dllava_export.validation.graph_backend import GraphBackend, bundle_graphs

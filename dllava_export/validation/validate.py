@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dllava_export.bundles.graph_facts import check_graphs
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
@@ -62,7 +63,8 @@ def validate_bundle(
     from polygraphy.logger import G_LOGGER
 
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, verify="full")
+    check_graphs(folder, manifest)
     conversation = conversation_for(folder, manifest, settings, image=image, prompt=prompt)
     candidate = _candidate(folder, manifest, settings, conversation)
     reference = _reference(folder, manifest, settings, conversation)

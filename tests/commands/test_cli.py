@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import checkpoint_factory as factory
@@ -23,7 +24,6 @@ from dllava_export.benchmark.bench_settings import BenchSettings
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.exporting import sparsifier
-from dllava_export.reporting import output_files
 from dllava_export.sparsity import Sparsity
 from dllava_export.version import __version__
 
@@ -87,7 +87,7 @@ def assert_fails(exit_code: int, *parts: str, arguments: list[object]) -> None:
 
 def changed(source: Path, out: Path, **values: object) -> Path:
     """Copy a bundle and replace values of its manifest."""
-    shutil.copytree(source, out, copy_function=os.link)
+    shutil.copytree(source, out)
     path = out / layout.MANIFEST
     manifest = json.loads(path.read_text())
     path.unlink()
@@ -381,7 +381,7 @@ def test_an_output_folder_that_cannot_be_written(checkpoint, tmp_path, monkeypat
     def refuse(**_: object) -> str:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(output_files.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     arguments = ["export", checkpoint, tmp_path / "out"]
     assert_fails(1, "cannot be written (Permission denied)", arguments=arguments)
 

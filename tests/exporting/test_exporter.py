@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from golden import DATA
 
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import Manifest, read_manifest
@@ -56,8 +57,10 @@ def decoder_weights(folder: Path, name: str = layout.DENSE_DECODER) -> dict[str,
 # What is written.
 
 
-def test_writes_graphs_and_what_they_need(bundles):
-    assert files(bundles.path("mha")) == {
+def test_writes_graphs_and_what_they_need(tmp_path, traced_once):
+    shutil.copytree(DATA / "mha", tmp_path / "in")
+    export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out", link=True)
+    assert files(tmp_path / "out") == {
         "dllava_export.json",
         "llm/checkpoint-model.safetensors",
         "llm/config.json",
@@ -65,17 +68,15 @@ def test_writes_graphs_and_what_they_need(bundles):
         "llm/model.onnx",
         "llm/predictors.onnx",
         "llm/recompute.onnx",
-        "llm/tokenizer.json",
-        "llm/tokenizer_config.json",
         "visual/checkpoint-model.safetensors",
         "visual/model.onnx",
         "visual/preprocessor_config.json",
     }
 
 
-def test_writes_data_files_where_nothing_is_linked(tmp_path, traced_once):
+def test_writes_data_files_where_nothing_is_shared(tmp_path, traced_once, no_clones):
     factory.make_checkpoint(tmp_path / "in", "llava")
-    export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out", UNIFORM, link=False)
+    export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out", UNIFORM)
     assert files(tmp_path / "out") == {
         "dllava_export.json",
         "llm/config.json",
@@ -148,10 +149,8 @@ def test_copies_configuration_and_settings_of_the_image_processor(bundles):
 
 
 @pytest.mark.parametrize("name", ["llm/model.onnx", "llm/recompute.onnx", "visual/model.onnx"])
-def test_graphs_are_valid(bundles, tmp_path, name):
-    # onnx refuses hard links, which ONNX Runtime reads.
-    shutil.copytree(bundles.path("gqa"), tmp_path / "out", copy_function=shutil.copyfile)
-    onnx.checker.check_model(tmp_path / "out" / name, full_check=True)
+def test_graphs_are_valid(bundles, name):
+    onnx.checker.check_model(bundles.path("gqa") / name, full_check=True)
 
 
 def sized_checkpoint(folder: Path, dtype: str = "float32"):
@@ -198,7 +197,7 @@ def test_linked_weights_take_no_space(tmp_path, traced_once):
     factory.write_files(
         folder, {factory.stored_key(n, "llava"): v for n, v in values.items()}, "sharded"
     )
-    report = export_checkpoint(read_checkpoint(folder), tmp_path / "out", UNIFORM)
+    report = export_checkpoint(read_checkpoint(folder), tmp_path / "out", UNIFORM, link=True)
     new = [tmp_path / "out" / name for name in files(tmp_path / "out")]
     new = [path for path in new if path.stat().st_nlink == 1]
     assert not {path.suffix for path in new} & {".safetensors", ".data"}
@@ -209,17 +208,31 @@ def test_linked_weights_take_no_space(tmp_path, traced_once):
 # The summary.
 
 
-def report(bundles, warnings: tuple[str, ...] = (), **sparsity) -> list[str]:
+def report(
+    bundles, warnings: tuple[str, ...] = (), shared: tuple[int, int] = (0, 0), **sparsity
+) -> list[str]:
     manifest = read_manifest(bundles.path("gqa"))
     if sparsity:
         manifest = dataclasses.replace(manifest, sparsity=Sparsity(**sparsity))
-    done = ExportReport(Path("out"), manifest, 3 << 30, 1 << 20, 12.34, warnings)
+    done = ExportReport(Path("out"), manifest, *shared, 1 << 20, 12.34, 3.21, warnings)
     return done.to_text().splitlines()
+
+
+def test_summary_says_what_links_are_worth(bundles):
+    first, *_, last = report(bundles, shared=(3 << 30, 0))
+    assert first == "Wrote out in 12.3 s: 1.0 MiB new, weights linked (3.00 GiB)"
+    assert last.startswith("warning: weights are hard links: onnx, netron, polygraphy and")
+
+
+def test_summary_says_that_clones_take_no_space(bundles):
+    first, *_, last = report(bundles, shared=(0, 3 << 30))
+    assert first.endswith("1.0 MiB new, weights cloned (3.00 GiB that take no space)")
+    assert "warning" not in last
 
 
 def test_summary_says_what_was_written(bundles):
     assert report(bundles, warnings=("look out",)) == [
-        "Wrote out in 12.3 s: 1.0 MiB new, 3.00 GiB linked",
+        "Wrote out in 12.3 s: 1.0 MiB new, weights copied in 3.2 s",
         "  decoder   5 layers, hidden 64, fp32",
         "  sparsity  predictor, from layer 3 on: 18 of 64 image tokens, "
         "generated text keep rate 0.5",
@@ -509,7 +522,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, traced_once, monkeypatch):
     factory.make_checkpoint(tmp_path / "in")
     full_disk.fill_up(monkeypatch)
     with pytest.raises(BundleError, match=r"could not be written: .*No space left on device"):
-        export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out", link=False)
+        export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -517,8 +530,16 @@ def test_the_same_export_gives_the_same_bytes(tmp_path):
     factory.make_checkpoint(tmp_path / "in")
     source = read_checkpoint(tmp_path / "in")
     for name in ("first", "second"):
-        export_checkpoint(source, tmp_path / name, link=False)
+        export_checkpoint(source, tmp_path / name)
     first, second = tmp_path / "first", tmp_path / "second"
     assert files(first) == files(second)
     for name in files(first):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_a_bundle_inside_its_checkpoint_is_refused_before_the_work(tmp_path):
+    factory.make_checkpoint(tmp_path / "in")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BundleError, match=r"in/out lies in .*in, which it is made from"):
+        export_checkpoint(read_checkpoint(tmp_path / "in"), tmp_path / "in" / "out")
+    assert sorted(tmp_path.rglob("*")) == before

@@ -66,7 +66,7 @@ def exports(folder) -> dict[str, Run]:
     running = {}
     for size, (shapes, num_shards) in SHAPES.items():
         factory.make_sparse(folder / f"{size}_in", shapes, num_shards=num_shards)
-        options = ["--image-keep-rate", "0.2", "--precision", "fp16"]
+        options = ["--image-keep-rate", "0.2", "--precision", "fp16", "--link"]
         running[size] = start("export", folder / f"{size}_in", folder / size, *options)
     for process in running.values():
         process.wait()  # all of them, also where the first one failed
@@ -106,7 +106,7 @@ def test_export_writes_little(exports, bundle, size):
 
 def test_sparsify_needs_little(bundle, folder, size):
     out = folder / f"{size}_uniform"
-    run = finish(start("sparsify", bundle, out, "--policy", "uniform"))
+    run = finish(start("sparsify", bundle, out, "--policy", "uniform", "--link"))
     assert run.peak_rss < 1 * GB
     assert run.written < 100 * MB
     assert "uniform, from layer 2 on: 288 of 576 image tokens" in run.stdout

@@ -457,12 +457,22 @@ def test_sparsifying_a_sparse_bundle_starts_from_its_dense_decoder(
     assert files(tmp_path / "dense") == files(own.dense)
 
 
-def test_weights_are_linked_and_configuration_is_copied(own: Own, tmp_path: Path) -> None:
+def test_weights_and_configuration_are_copied(own: Own, tmp_path: Path) -> None:
     report = sparsify_decoder(own.dense, tmp_path / "out")
+    for name in files(tmp_path / "out"):
+        assert (tmp_path / "out" / name).stat().st_nlink == 1
+    assert (report.bytes_linked, report.bytes_cloned) == (0, 0)
+    for path in (tmp_path / "out").glob("*/*.onnx"):
+        onnx.load(path)
+
+
+def test_weights_are_linked_where_links_are_asked_for(own: Own, tmp_path: Path) -> None:
+    report = sparsify_decoder(own.dense, tmp_path / "out", link=True)
     weights, config = "llm/model.onnx.data", "llm/config.json"
     assert (tmp_path / "out" / weights).samefile(own.dense / weights)
     assert not (tmp_path / "out" / config).samefile(own.dense / config)
     assert report.bytes_linked > (own.dense / weights).stat().st_size
+    assert "warning: weights are hard links" in report.to_text()
 
 
 def test_training_settings_come_from_the_manifest_without_a_configuration(
@@ -580,6 +590,123 @@ def test_refuses_external_data_outside_the_folder(
                 entry.value = "../secret"
     (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
     fails(BundleError, "expected a file beside the model", tmp_path / "x.onnx", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        pytest.param("offset", "-1", "the offset '-1', expected a number", id="negative"),
+        pytest.param("offset", "x", "the offset 'x', expected a number", id="no number"),
+        pytest.param("length", "8", "8 bytes, its shape .* takes", id="another length"),
+        pytest.param("offset", "99999999", "expected the weights of", id="behind the end"),
+        pytest.param("location", "/etc/passwd", "expected a file beside", id="absolute"),
+        pytest.param("location", "", "expected a file beside", id="empty"),
+        pytest.param("location", ".", "expected a file beside", id="the folder"),
+    ],
+)
+def test_refuses_bad_places_of_external_data(
+    foreign_decoders: Callable, tmp_path: Path, key: str, value: str, message: str
+) -> None:
+    source = foreign_decoders("transformers").path
+    shutil.copytree(source.parent, tmp_path / "dense")
+    path = tmp_path / "dense" / source.name
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.external_data)
+    (entry,) = (e for e in tensor.external_data if e.key == key)
+    entry.value = value
+    path.write_bytes(model.SerializeToString())
+    fails(BundleError, message, path, tmp_path)
+
+
+# Folders as people have them.
+
+
+def stored_as(decoder: Foreign, folder: Path, **options: Any) -> Path:
+    """Store a decoder's weights outside, and return the path of its graph."""
+    folder.mkdir()
+    model = onnx.load(decoder.path)
+    options = {"size_threshold": 0, "location": "weights.bin", **options}
+    onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, **options)
+    return folder / "model.onnx"
+
+
+def same_answers(path: Path, decoder: Foreign, out: Path, **options: Any) -> None:
+    settings = SparsityOptions(policy="norm", sparse_layer=1, **ALL_KEPT)
+    sparsify_decoder(path, out, settings, **options)
+    for graph in (layout.DECODER, layout.RECOMPUTE):
+        expected = run_bundle(decoder.sparse, graph)["logits"]
+        np.testing.assert_array_equal(run_bundle(out, graph)["logits"], expected)
+        onnx.load(out / "llm" / graph)
+
+
+@pytest.mark.parametrize("threshold", [0, 256, 1024])
+def test_reads_small_tensors_outside(decoder: Foreign, tmp_path: Path, threshold: int) -> None:
+    path = stored_as(decoder, tmp_path / "in", size_threshold=threshold)
+    same_answers(path, decoder, tmp_path / "out")
+
+
+def test_reads_one_data_file_per_tensor(decoder: Foreign, tmp_path: Path) -> None:
+    path = stored_as(decoder, tmp_path / "in", all_tensors_to_one_file=False, location=None)
+    assert len(list(path.parent.iterdir())) > 10
+    same_answers(path, decoder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_data_file_of_the_user_gets_no_link(
+    decoder: Foreign, tmp_path: Path, link: bool
+) -> None:
+    path = stored_as(decoder, tmp_path / "in")
+    same_answers(path, decoder, tmp_path / "out", link=link)
+    assert (path.parent / "weights.bin").stat().st_nlink == 1
+    onnx.load(path)
+
+
+def test_reads_a_data_file_that_has_several_links(decoder: Foreign, tmp_path: Path) -> None:
+    path = stored_as(decoder, tmp_path / "in")
+    (tmp_path / "another").hardlink_to(path.parent / "weights.bin")
+    same_answers(path, decoder, tmp_path / "out")
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path) -> Callable[[Path], Path]:
+    """Return what puts a folder's files into a hub cache and returns the snapshot."""
+
+    def cached(folder: Path) -> Path:
+        snapshot, blobs = tmp_path / "cache/snapshots/1", tmp_path / "cache/blobs"
+        blobs.mkdir(parents=True)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        for number, path in enumerate(paths):
+            link = snapshot / path.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, blobs / f"blob{number}")
+            link.symlink_to(blobs / f"blob{number}")
+        return snapshot
+
+    return cached
+
+
+def test_reads_a_decoder_in_a_hub_cache(
+    decoder: Foreign, hub_cache: Callable, tmp_path: Path
+) -> None:
+    path = stored_as(decoder, tmp_path / "in")
+    same_answers(hub_cache(path.parent) / path.name, decoder, tmp_path / "out")
+
+
+def test_reads_a_graph_that_is_linked_to_from_elsewhere(
+    decoder: Foreign, tmp_path: Path
+) -> None:
+    path = stored_as(decoder, tmp_path / "in")
+    (tmp_path / "link.onnx").symlink_to(path)
+    same_answers(tmp_path / "link.onnx", decoder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_reads_a_bundle_in_a_hub_cache(
+    own: Own, hub_cache: Callable, tmp_path: Path, link: bool
+) -> None:
+    sparsify_decoder(hub_cache(own.dense), tmp_path / "out", link=link)
+    assert files(tmp_path / "out") == files(own.sparse)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
 
 
 def test_refuses_an_old_opset(decoder: Foreign, tmp_path: Path) -> None:
@@ -703,5 +830,12 @@ def test_refuses_settings_out_of_range(
 
 
 def test_refuses_a_folder_with_files_in_it(decoder: Foreign, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
     with pytest.raises(BundleError, match="is a folder with files in it"):
-        sparsify_decoder(decoder.sparse, decoder.sparse, SparsityOptions(policy="norm"))
+        sparsify_decoder(decoder.sparse, tmp_path, SparsityOptions(policy="norm"))
+
+
+@pytest.mark.parametrize("name", [".", "again", "llm/again"])
+def test_refuses_a_folder_inside_the_bundle(decoder: Foreign, name: str) -> None:
+    with pytest.raises(BundleError, match=r"lies in .*sparse, which it is made from"):
+        sparsify_decoder(decoder.sparse, decoder.sparse / name, SparsityOptions(policy="norm"))

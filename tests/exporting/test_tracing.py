@@ -50,7 +50,7 @@ def make_checkpoint(folder: Path, **changes: object) -> Checkpoint:
 def run(checkpoint: Checkpoint, model: onnx.ModelProto, **feeds: np.ndarray) -> np.ndarray:
     """Attach weights beside the checkpoint's own files, run, return the only output."""
     folder = checkpoint.path
-    attach_weights({"model": model}, folder, checkpoint.tensors, link=False)
+    attach_weights({"model": model}, folder, checkpoint.tensors)
     save_models(folder, {"model.onnx": model})
     session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     (output,) = session.run(None, feeds)

@@ -18,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
+from dllava_export.bundles.bundle_writer import BundleWriter
 from dllava_export.bundles.embedding import EmbeddingTable
 from dllava_export.checkpoints.checkpoint import read_checkpoint
 from dllava_export.checkpoints.tensor_source import TensorSource
@@ -86,8 +87,10 @@ def test_links_files_of_the_same_type(tmp_path: Path, pad: int, dtype: type) -> 
     sources = tiny(tmp_path / "in", pad=pad, dtype=dtype, files="sharded")
     names = [NAME, "lm_head.weight", "model.embed_tokens.weight"]
     model = make_model(*(reference_tensor(name, sources[name]) for name in names))
-    report = attach_weights({"decoder": model}, folder, sources)
-    assert report.bytes_linked == sum(sources[name].num_bytes for name in names)
+    report = attach_weights(
+        {"decoder": model}, folder, sources, writer=BundleWriter(link=True)
+    )
+    assert report.bytes_shared == sum(sources[name].num_bytes for name in names)
     assert report.bytes_written == 0
     assert {path.name for path in folder.iterdir()} == set(report.files)
     for name in report.files:
@@ -104,7 +107,8 @@ def test_links_the_file_behind_a_symbolic_link(tmp_path: Path) -> None:
         (tmp_path / "in" / path.name).symlink_to(path)
     sources = read_checkpoint(tmp_path / "in").tensors
     model = make_model(reference_tensor(NAME, sources[NAME]))
-    (file,) = attach_weights({"decoder": model}, folder, sources).files
+    writer = BundleWriter(link=True)
+    (file,) = attach_weights({"decoder": model}, folder, sources, writer=writer).files
     assert not (folder / file).is_symlink()
     (value,) = run_saved(model, folder / "model.onnx")
     np.testing.assert_array_equal(value, sources[NAME].read())
@@ -115,7 +119,9 @@ def test_files_of_the_same_name_do_not_clash(tmp_path: Path) -> None:
     first, second = tiny(tmp_path / "a")[NAME], tiny(tmp_path / "b", dtype=np.float16)[NAME]
     sources = {"first": first, "second": second}
     model = make_model(*(reference_tensor(name, sources[name]) for name in sources))
-    report = attach_weights({"decoder": model}, folder, sources)
+    report = attach_weights(
+        {"decoder": model}, folder, sources, writer=BundleWriter(link=True)
+    )
     assert report.files == ("checkpoint-model.safetensors", "checkpoint-2-model.safetensors")
     for source, value in zip(
         sources.values(), run_saved(model, folder / "model.onnx"), strict=True
@@ -128,7 +134,10 @@ def test_links_again_into_the_same_folder(tmp_path: Path) -> None:
     sources = tiny(tmp_path / "in")
     reports = [
         attach_weights(
-            {"m": make_model(reference_tensor(NAME, sources[NAME]))}, folder, sources
+            {"m": make_model(reference_tensor(NAME, sources[NAME]))},
+            folder,
+            sources,
+            writer=BundleWriter(link=True),
         )
         for _ in range(2)
     ]
@@ -138,13 +147,14 @@ def test_links_again_into_the_same_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("files", ["single", "bin"])
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("wanted", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.usefixtures("no_clones")
 def test_streams_and_converts(tmp_path: Path, files: str, stored: type, wanted: type) -> None:
     folder = output_folder(tmp_path)
     sources = tiny(tmp_path / "in", files=files, dtype=stored)
     names = [NAME, "lm_head.weight"]
     dtype = np.dtype(wanted)
     model = make_model(*(reference_tensor(n, sources[n], dtype=dtype) for n in names))
-    report = attach_weights({"decoder": model}, folder, sources, link=False)
+    report = attach_weights({"decoder": model}, folder, sources)
     num_values = sum(sources[name].num_values for name in names)
     assert report.bytes_inlined == 0
     assert report.bytes_written == num_values * dtype.itemsize
@@ -154,6 +164,7 @@ def test_streams_and_converts(tmp_path: Path, files: str, stored: type, wanted: 
         np.testing.assert_array_equal(value, expected)
 
 
+@pytest.mark.usefixtures("no_clones")
 def test_falls_back_to_copying_where_links_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,11 +175,14 @@ def test_falls_back_to_copying_where_links_fail(
     folder = output_folder(tmp_path)
     sources = tiny(tmp_path / "in")
     model = make_model(reference_tensor(NAME, sources[NAME]))
-    assert attach_weights({"decoder": model}, folder, sources).files == ("model.onnx.data",)
+    assert attach_weights(
+        {"decoder": model}, folder, sources, writer=BundleWriter(link=True)
+    ).files == ("model.onnx.data",)
     (value,) = run_saved(model, folder / "model.onnx")
     np.testing.assert_array_equal(value, sources[NAME].read())
 
 
+@pytest.mark.usefixtures("no_clones")
 def test_models_share_one_copy_of_a_tensor(tmp_path: Path) -> None:
     folder = output_folder(tmp_path)
     sources = tiny(tmp_path / "in")
@@ -176,7 +190,7 @@ def test_models_share_one_copy_of_a_tensor(tmp_path: Path) -> None:
         "decoder": make_model(reference_tensor("a", sources[NAME], source_name=NAME)),
         "recompute": make_model(reference_tensor(NAME, sources[NAME])),
     }
-    report = attach_weights(models, folder, sources, link=False)
+    report = attach_weights(models, folder, sources)
     assert report.bytes_written == sources[NAME].num_bytes
     assert (folder / "model.onnx.data").stat().st_size == sources[NAME].num_bytes
     tensors = [model.graph.initializer[0] for model in models.values()]
@@ -222,6 +236,7 @@ def weights_of_random(file: Path) -> dict[str, TensorSource]:
     return random_checkpoint(file).tensors
 
 
+@pytest.mark.usefixtures("no_clones")
 def test_references_in_subgraphs_are_found(tmp_path: Path) -> None:
     folder = output_folder(tmp_path)
     sources = tiny(tmp_path / "in")
@@ -232,7 +247,7 @@ def test_references_in_subgraphs_are_found(tmp_path: Path) -> None:
     flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
     out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [40, 16])
     model = helper.make_model(helper.make_graph([node], "graph", [flag], [out]))
-    attach_weights({"decoder": model}, folder, sources, link=False)
+    attach_weights({"decoder": model}, folder, sources)
     for attribute in model.graph.node[0].attribute:
         assert external(attribute.g.initializer[0])["location"] == "model.onnx.data"
 
@@ -271,6 +286,7 @@ def test_overflow_in_fp16_names_the_tensor(tmp_path: Path, dtype: type) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.usefixtures("no_clones")
 def test_full_disk_names_the_file_and_the_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +297,7 @@ def test_full_disk_names_the_file_and_the_cause(
     with pytest.raises(
         BundleError, match=r"model\.onnx\.data could not be written: .*No space left on device"
     ):
-        attach_weights({"decoder": model}, folder, sources, link=False)
+        attach_weights({"decoder": model}, folder, sources)
     assert not list(folder.iterdir())
 
 
@@ -291,6 +307,7 @@ def test_folder_that_does_not_exist(tmp_path: Path) -> None:
         write_embedding(tmp_path / "absent", sources[NAME], np.dtype(np.float16))
 
 
+@pytest.mark.usefixtures("no_clones")
 def test_never_writes_through_a_hard_link(tmp_path: Path) -> None:
     folder = output_folder(tmp_path)
     precious = tmp_path / "precious"
@@ -298,15 +315,16 @@ def test_never_writes_through_a_hard_link(tmp_path: Path) -> None:
     os.link(precious, folder / "model.onnx.data")
     sources = tiny(tmp_path / "in")
     model = make_model(reference_tensor(NAME, sources[NAME]))
-    attach_weights({"decoder": model}, folder, sources, link=False)
+    attach_weights({"decoder": model}, folder, sources)
     assert precious.read_text() == "keep me"
 
 
+@pytest.mark.usefixtures("no_clones")
 def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = output_folder(tmp_path)
     sources = tiny(tmp_path / "in")
     model = make_model(reference_tensor(NAME, sources[NAME]))
-    attach_weights({"decoder": model}, folder, sources, link=False, progress=True)
+    attach_weights({"decoder": model}, folder, sources, writer=BundleWriter(progress=True))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "model.onnx.data: 100%" in captured.err
@@ -315,10 +333,13 @@ def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("link", [True, False])
 @pytest.mark.parametrize("pad", [0, 3])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.usefixtures("no_clones")
 def test_embedding_table(tmp_path: Path, link: bool, pad: int, dtype: type) -> None:
     folder = output_folder(tmp_path)
     source = tiny(tmp_path / "in", dtype=dtype, pad=pad)["model.embed_tokens.weight"]
-    reference = write_embedding(folder, source, np.dtype(dtype), link=link)
+    reference = write_embedding(
+        folder, source, np.dtype(dtype), writer=BundleWriter(link=link)
+    )
     reference = json.loads(json.dumps(reference))  # it goes into the manifest
     expected_file = "checkpoint-model.safetensors" if link else "embedding.safetensors"
     assert reference["file"] == expected_file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -221,12 +222,7 @@ def test_a_pad_id_with_another_meaning_may_stand_at_an_end(
 def with_pad(bundles, tmp_path, pad):
     """A session over a bundle whose tokenizer has a pad token."""
     folder = tmp_path / "bundle"
-    source = bundles.path("mha")
-    for path in source.rglob("*"):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            target.hardlink_to(path)
+    shutil.copytree(bundles.path("mha"), folder)
     config = folder / "llm" / "tokenizer_config.json"
     text = config.read_text().replace(
         "{", f'{{"unk_token": "<unk>", "pad_token": "{pad}", ', 1

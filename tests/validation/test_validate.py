@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import shutil
 
 import onnxruntime as ort
@@ -16,7 +15,6 @@ from planted import (
 
 from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError, BundleError, InvalidInputError
-from dllava_export.precision import Precision
 from dllava_export.validation.settings import ValidationSettings
 from dllava_export.validation.validate import validate_bundle
 
@@ -220,15 +218,11 @@ def test_a_backend_without_engines_says_what_is_missing(bundles, backend):
         run(bundles.path("mha"), backend=backend, checkpoint=MHA)
 
 
-def test_half_precision_without_kernels_is_refused(bundles, tmp_path):
-    path = tmp_path / "bf16"
-    shutil.copytree(bundles.path("mha"), path, copy_function=shutil.copyfile)
-    manifest = dataclasses.replace(read_manifest(path), precision=Precision.of("bf16"))
-    write_manifest(path, manifest)
+def test_half_precision_without_kernels_is_refused(bundles):
     with pytest.raises(
         BackendError, match=r"bf16, .* Use another backend, and --against torch"
     ):
-        run(path, "onnxruntime", layers=True)
+        run(bundles.path("mha", "bf16"), "onnxruntime", layers=True)
 
 
 def test_an_image_without_a_prompt_is_refused(bundles):
@@ -247,3 +241,17 @@ def test_a_changed_bundle_is_refused_before_it_is_compared(bundles, tmp_path):
     change_one_weight("model.layers.3.mlp.down_proj.weight")(out / "llm")
     with pytest.raises(BundleError, match="was changed after the bundle was written"):
         run(out)
+
+
+def test_every_byte_of_the_bundle_is_checked_first(bundles, tmp_path):
+    path = shutil.copytree(bundles.path("mha"), tmp_path / "out")
+    large = path / "llm" / "predictors.bin"
+    with large.open("wb") as file:
+        file.truncate(300 << 20)
+    write_manifest(path, read_manifest(bundles.path("mha")))
+    with large.open("r+b") as file:
+        file.seek(3 << 20)  # between what the quick check reads
+        file.write(b"x")
+    with pytest.raises(BundleError, match=r"predictors\.bin was changed .* other contents"):
+        run(path, "dense")
+    large.unlink()

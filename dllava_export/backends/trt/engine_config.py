@@ -183,7 +183,7 @@ def bundle_digest(bundle_folder: Path) -> str:
     try:
         files = parse_json(path.read_bytes())["files"]
         entries = {
-            name: entry["sha256"]
+            name: entry.get("blocks_sha256", entry["sha256"])
             for name, entry in sorted(files.items())
             if name.endswith(_MODEL_SUFFIXES)
         }

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
-import shutil
 import sys
 
 import numpy as np
@@ -20,7 +18,6 @@ from dllava_export.backends.ort.backend import OrtBackend, lowered_model, open_s
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError
-from dllava_export.precision import Precision
 from dllava_export.runtime.loading import load
 
 PLAN = KVPlan(
@@ -167,15 +164,9 @@ def test_logits_are_float32_in_every_precision(bundles):
     assert session.recompute([[5, 6]]).logits.dtype == np.float32
 
 
-def test_refuses_bf16(opened, tmp_path):
-    folder = tmp_path / "bundle"
-    shutil.copytree(opened[0], folder)
-    path = folder / "dllava_export.json"
-    bf16 = Precision.of("bf16").to_json()
-    manifest = json.loads(path.read_text()) | {"precision": bf16}
-    path.write_text(json.dumps(manifest))
+def test_refuses_bf16(bundles):
     with pytest.raises(BackendError, match=r"is in bf16, .* Export with --precision fp16 or"):
-        load(folder)
+        load(bundles.path("mha", "bf16"))
 
 
 def test_refuses_heads_the_attention_kernel_does_not_take(opened):

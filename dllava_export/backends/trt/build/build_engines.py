@@ -47,10 +47,11 @@ from dllava_export.backends.trt.engine_config import (
 )
 from dllava_export.backends.trt.trt_module import TENSORRT, trt_logger, trt_module
 from dllava_export.bundles.files import tool_versions
+from dllava_export.bundles.graph_facts import check_graphs
 from dllava_export.bundles.manifest import read_manifest
 from dllava_export.errors import BackendError, EngineBuildError
 from dllava_export.reporting.byte_sizes import format_bytes
-from dllava_export.reporting.output_files import replaced_folder
+from dllava_export.reporting.output_folders import replaced_folder
 from dllava_export.reporting.resources import stage
 
 __all__ = ["build_engines"]
@@ -84,6 +85,7 @@ def build_engines(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    check_graphs(folder, manifest)
     plan = plan_build(folder, manifest, options)
     if not options.force:
         _check_memory(plan)
