@@ -227,9 +227,8 @@ def with_pad(bundles, tmp_path, pad):
     text = config.read_text().replace(
         "{", f'{{"unk_token": "<unk>", "pad_token": "{pad}", ', 1
     )
-    config.unlink()
     config.write_text(text)
-    manifest = read_manifest(source, verify=False)
+    manifest = read_manifest(folder, verify=False)
     return Session(folder, manifest, OrtBackend(folder, manifest, num_threads=1), 512)
 
 
