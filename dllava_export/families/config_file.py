@@ -31,6 +31,7 @@ from dllava_export.json_text import parse_json
 __all__ = [
     "LFS_POINTER",
     "LFS_REMEDY",
+    "MAX_VOCAB_SIZE",
     "check_kinds",
     "check_sizes",
     "quiet_transformers",
@@ -45,6 +46,9 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 LFS_REMEDY = "it is a git-lfs pointer, not the file: run `git lfs pull` in its folder"
 
+MAX_VOCAB_SIZE = 1 << 24
+"""Token ids are below it."""
+
 _MAX_FILE_BYTES = 64 << 20
 _MAX_SHOWN = 60
 _MAX_SIZE = 1 << 20
@@ -52,7 +56,7 @@ _MAX_SIZES: Mapping[str, int] = {
     "image_size": 1 << 14,
     "max_position_embeddings": 1 << 31,
     "num_hidden_layers": 1 << 10,
-    "vocab_size": 1 << 24,
+    "vocab_size": MAX_VOCAB_SIZE,
 }
 
 

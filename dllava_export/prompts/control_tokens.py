@@ -16,6 +16,7 @@ from typing import Any
 
 from dllava_export.errors import InvalidInputError
 from dllava_export.names import IMAGE_PLACEHOLDER
+from dllava_export.prompts.placeholders import shortened
 
 __all__ = ["ControlTokens"]
 
@@ -111,7 +112,13 @@ class ControlTokens:
             lambda m: self._aliases[m[0]] if m[0] in self._controls else m[0], marked
         )
         text = self.unmarked(aliased)
-        found = self._guarded.encode(text, add_special_tokens=False).ids
+        try:
+            found = self._guarded.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the tokenizers library has no exceptions of its own
+            raise InvalidInputError(
+                f"The tokenizer cannot encode {shortened(repr(text))}: {error}. Expected one that "
+                "takes any text. Use other words, or a tokenizer with a token for unknown ones."
+            ) from error
         typed = self._control_ids.intersection(found)
         if typed:
             raise InvalidInputError(

@@ -23,7 +23,7 @@ from dllava_export.families.chat_templates import (
     find_template,
     named_templates,
 )
-from dllava_export.families.config_file import quiet_transformers, read_json
+from dllava_export.families.config_file import MAX_VOCAB_SIZE, quiet_transformers, read_json
 from dllava_export.families.config_kinds import TOKENIZER_KINDS
 from dllava_export.families.special_token_ids import end_ids, stated_ids
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
@@ -533,6 +533,12 @@ def _load_tokenizer(folder: pathlib.Path, config: dict[str, Any]) -> tuple[Any, 
             f"Tokenizer file {folder / name} cannot be read: {error}. Expected a complete "
             "tokenizer with its settings. Copy the tokenizer files from the checkpoint again."
         ) from error
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= MAX_VOCAB_SIZE:  # the tokenizers library has a table up to the largest
+        raise BundleError(
+            f"The tokenizer in {folder} has the token id {largest}, expected ids below "
+            f"{MAX_VOCAB_SIZE}. Copy the tokenizer files from the checkpoint again."
+        )
     # LLaMA's SentencePiece model says nothing of the BOS; its tokenizer adds one by default.
     adds_bos = config.get("add_bos_token", starts_with_bos if has_json else True)
     return tokenizer, bool(adds_bos) and tokenizer.bos_token_id is not None

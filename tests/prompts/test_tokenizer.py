@@ -541,3 +541,24 @@ def test_check_names_the_sample(ids, has_image, message):
 def test_check_wants_one_image_entry_per_prompt():
     with pytest.raises(InvalidInputError, match="1 prompts come with 2 image entries"):
         check_prompt([np.array([1])], has_image=[False, False], vocab_size=10)
+
+
+def edit_model(folder, **values):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"].update(values)
+    path.write_text(json.dumps(content))
+
+
+def test_a_token_id_beyond_any_vocabulary(words):
+    edit_model(words, vocab={**{word: i for i, word in enumerate(WORDS)}, "cat": 1 << 31})
+    with pytest.raises(BundleError, match="has the token id 2147483648, expected ids below"):
+        checkpoint(words)
+
+
+def test_a_word_that_has_no_token(words):
+    vocabulary = {word: i for i, word in enumerate([*WORDS, "a"])}
+    edit_model(words, vocab=vocabulary, unk_token="<gone>")
+    chat = checkpoint(words)
+    with pytest.raises(InvalidInputError, match="cannot encode .*zebra.*for unknown ones"):
+        chat.encode(chat.render("zebra", with_image=True))

@@ -228,7 +228,7 @@ def with_pad(bundles, tmp_path, pad):
         "{", f'{{"unk_token": "<unk>", "pad_token": "{pad}", ', 1
     )
     config.write_text(text)
-    manifest = read_manifest(folder, verify=False)
+    manifest = read_manifest(bundles.path("mha"), verify=False)
     return Session(folder, manifest, OrtBackend(folder, manifest, num_threads=1), 512)
 
 
