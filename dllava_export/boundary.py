@@ -42,7 +42,7 @@ def expected_errors_only(
 
 
 def raises_expected_errors_only(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a public function; see `expected_errors_only`.
+    """Decorate a public function or method; see `expected_errors_only`.
 
     Arguments that do not fit its signature are Python's own TypeError.
     """
@@ -50,9 +50,13 @@ def raises_expected_errors_only(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def bounded(*args: P.args, **kwargs: P.kwargs) -> R:
-        signature.bind(*args, **kwargs)
-        with expected_errors_only(function.__name__):
+        try:
             return function(*args, **kwargs)
+        except DllavaExportError:
+            raise
+        except Exception as error:
+            signature.bind(*args, **kwargs)  # not before: a decode step takes microseconds
+            raise UnexpectedError(_message(function.__name__, error)) from error
 
     return bounded
 

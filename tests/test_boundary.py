@@ -61,3 +61,42 @@ def test_public_functions_raise_nothing_else(name, tmp_path):
     arguments += ["onnxruntime"] if name == "build" else []
     with pytest.raises(dllava_export.DllavaExportError):
         function(*arguments)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda session, odd: session.generate(odd), id="generate"),
+        pytest.param(lambda session, odd: session.generate("w5", image=odd), id="picture"),
+        pytest.param(lambda session, odd: session.generate(input_ids=odd), id="ids"),
+        pytest.param(lambda session, odd: session.stream(odd, image=None), id="stream"),
+        pytest.param(lambda session, odd: session.chat().ask(odd), id="ask"),
+        pytest.param(lambda session, odd: session.chat().stream("w5", odd), id="chat picture"),
+        pytest.param(lambda session, odd: session.prefill(odd), id="prefill"),
+        pytest.param(lambda session, odd: session.prefill([[5]], odd), id="pixels"),
+        pytest.param(lambda session, odd: session.decode(odd), id="decode"),
+        pytest.param(lambda session, odd: session.extend(odd), id="extend"),
+        pytest.param(lambda session, odd: session.recompute(odd), id="recompute"),
+        pytest.param(lambda session, odd: session.encode_images(odd), id="encode_images"),
+        pytest.param(lambda session, odd: session.embed(odd), id="embed"),
+        pytest.param(lambda session, odd: session.rewind(odd), id="rewind"),
+        pytest.param(lambda session, odd: session.cache(odd), id="cache"),
+    ],
+)
+@pytest.mark.parametrize(
+    "odd", [object(), {"a": 1}, -1, [[[]], []]], ids=lambda odd: type(odd).__name__
+)
+def test_methods_of_a_session_raise_nothing_else(bundles, call, odd):
+    session = bundles.session("mha")
+    session.prefill([[5, 6]], max_new_tokens=4)
+    with pytest.raises(dllava_export.DllavaExportError) as caught:
+        call(session, odd)
+    assert not isinstance(caught.value, UnexpectedError)
+
+
+def test_what_a_caller_raises_in_on_token_passes(bundles):
+    def on_token(*_):
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        bundles.session("mha").generate("w5", image=None, on_token=on_token)

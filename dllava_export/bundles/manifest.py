@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from dllava_export.bundles.digests import file_entry, is_unchanged
-from dllava_export.bundles.layout import LLM_FOLDER, MANIFEST, VISUAL_FOLDER
+from dllava_export.bundles.layout import DECODER, LLM_FOLDER, MANIFEST, VISUAL_FOLDER
 from dllava_export.errors import BundleError, SettingError
 from dllava_export.families.config_file import check_kinds
 from dllava_export.families.config_kinds import (
@@ -251,6 +251,8 @@ def _check_values(path: Path, document: Mapping[str, Any]) -> None:
         lowest = 0 if key in ("geometry.num_image_tokens", "embedding.offset") else 1
         if value < lowest:
             raise _damaged(path, key, value, f"at least {lowest}")
+    if DECODER not in document["passes"]:
+        raise _damaged(path, "passes", [*document["passes"]], f"an entry for {DECODER}")
     for graph, passes in document["passes"].items():
         for number, entry in enumerate(passes):
             if not isinstance(entry, dict) or not isinstance(entry.get("parameters"), dict):

@@ -19,6 +19,7 @@ from dllava_export.bundles.files import (
     save_models,
     tool_versions,
 )
+from dllava_export.bundles.graph_facts import check_graphs
 from dllava_export.bundles.manifest import Manifest, read_manifest, write_manifest
 from dllava_export.errors import BundleError, UnsupportedModelError
 from dllava_export.exporting.exporter import predictor_model
@@ -194,6 +195,7 @@ def _from_bundle(folder: Path) -> _DenseDecoder:
     import onnx
 
     manifest = read_manifest(folder)
+    check_graphs(folder, manifest)
     llm = folder / layout.LLM_FOLDER
     for name in (layout.DENSE_DECODER, layout.DECODER):
         if not (llm / name).is_file():

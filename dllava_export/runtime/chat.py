@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dllava_export.boundary import raises_expected_errors_only
 from dllava_export.errors import InvalidInputError
 from dllava_export.prompts.prompt_text import checked_text
 from dllava_export.runtime.generation import (
@@ -81,6 +82,7 @@ class Chat:
                 pass
         return stream.result
 
+    @raises_expected_errors_only
     def stream(
         self, question: str, image: ImageInput | None = None, **settings: Any
     ) -> Stream:

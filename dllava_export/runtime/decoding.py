@@ -15,8 +15,9 @@ import numpy as np
 from dllava_export import names
 from dllava_export.backends.backend import Backend, StepInputs
 from dllava_export.backends.kv_plan import KVPlan, joint_plan, plan_kv_cache
+from dllava_export.boundary import raises_expected_errors_only
 from dllava_export.bundles.manifest import Manifest
-from dllava_export.errors import InvalidInputError
+from dllava_export.errors import InvalidInputError, SettingError
 from dllava_export.prompts.placeholders import check_prompt
 from dllava_export.prompts.reader import AttentionMask, PromptReader, Prompts
 from dllava_export.prompts.rows import PromptRows, assemble_prompt
@@ -129,15 +130,24 @@ class DecodingSession:
         self._use.check_open()
         return self._slots.is_full
 
+    @raises_expected_errors_only
     def cache(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a layer's keys and values, [batch, num_kv_heads, capacity, head_dim].
 
         Rows from `cache_lengths[layer]` on mean nothing. Keys are after rotary embedding.
+
+        Raises:
+            SettingError: If there is no such layer.
         """
+        num_layers = self.manifest.geometry.num_layers
+        layer = whole_number("layer", layer, 0)
+        if layer >= num_layers:
+            raise SettingError(f"layer must be below {num_layers}, got {layer}.")
         with self._use:
             assert self.kv_plan  # there is none before a prefill
             return self._backend.cache(layer)
 
+    @raises_expected_errors_only
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
         """Return the embeddings [..., hidden_size] of token ids [...] int64.
 
@@ -168,6 +178,7 @@ class DecodingSession:
                 for rows in self._backend.cache(layer):
                     rows[:, :, before[layer].min() : after.max()] = _ROW_VALUE
 
+    @raises_expected_errors_only
     def rewind(self, cache_lengths: np.ndarray) -> None:
         """Go back to what an earlier `cache_lengths` said: rows behind it are forgotten.
 
@@ -189,6 +200,7 @@ class DecodingSession:
                 )
             self._slots.rewind(lengths)
 
+    @raises_expected_errors_only
     def prefill(
         self,
         input_ids: Prompts,
@@ -250,6 +262,7 @@ class DecodingSession:
             plans.append(plan)
         return plans
 
+    @raises_expected_errors_only
     def decode(
         self, token_ids: np.ndarray | Sequence[int], *, active: np.ndarray | None = None
     ) -> DecodeResult:
@@ -278,6 +291,7 @@ class DecodingSession:
             step = self._slots.step(self._reader.lookup(ids), active)
             return DecodeResult(step.logits, step.keep, step.forced, self._slots.cache_lengths)
 
+    @raises_expected_errors_only
     def extend(
         self, input_ids: Prompts, *, attention_mask: AttentionMask | None = None
     ) -> PrefillResult:
@@ -319,6 +333,7 @@ class DecodingSession:
             np.concatenate(logits), np.zeros((len(prompts), 0), np.int64), self.cache_lengths
         )
 
+    @raises_expected_errors_only
     def recompute(
         self,
         input_ids: Prompts,
@@ -375,6 +390,7 @@ class DecodingSession:
         num_rows = result.num_rows if result.num_rows is not None else kept_lengths
         return RecomputeResult(result.logits, num_rows)
 
+    @raises_expected_errors_only
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return image features.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from dllava_export.boundary import expected_errors_only, raises_expected_errors_only
 from dllava_export.errors import InvalidInputError
 from dllava_export.prompts.token_ids import checked_ids, is_one_row
 from dllava_export.runtime.chat import Chat
@@ -196,6 +197,7 @@ class Session(DecodingSession):
                     on_token(piece.sample, piece.token_id, piece.text)
         return loop.results[0] if is_single else loop.results
 
+    @raises_expected_errors_only
     def stream(
         self,
         prompt: str | None = None,
@@ -264,18 +266,19 @@ class Session(DecodingSession):
         settings: GenerationSettings,
         options: PromptOptions,
     ) -> GenerationLoop:
-        ids = prompt_ids(
-            self,
-            prompts,
-            images,
-            options=options,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-        )
-        if prompts and images is None and self.manifest.has_visual:
-            raise InvalidInputError(
-                "The bundle takes an image with its prompt, and none was given. Pass image=..., "
-                "or images=[...] for several prompts; None in its place makes a prompt "
-                "text-only."
+        with expected_errors_only("generate"):  # a caller's on_token may raise what it likes
+            ids = prompt_ids(
+                self,
+                prompts,
+                images,
+                options=options,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
             )
-        return GenerationLoop(self, start_run(self, ids, images, settings), settings)
+            if prompts and images is None and self.manifest.has_visual:
+                raise InvalidInputError(
+                    "The bundle takes an image with its prompt, and none was given. Pass "
+                    "image=..., or images=[...] for several prompts; None in its place makes a "
+                    "prompt text-only."
+                )
+            return GenerationLoop(self, start_run(self, ids, images, settings), settings)

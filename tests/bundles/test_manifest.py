@@ -346,6 +346,8 @@ def test_reports_a_manifest_with_wrong_values(folder, changes):
                      id="true for a number"),
         pytest.param({"sparsity": {"sparse_layer": 2.0}}, "sparsity.sparse_layer is 2.0, expect"
                      "ed a whole number", id="float"),
+        pytest.param({"passes": {"other.onnx": []}}, "passes is .* an entry for model.onnx",
+                     id="no passes of the decoder"),
         pytest.param({"passes": {"model.onnx": [1]}}, "passes.model.onnx.0 is 1, expected a pas",
                      id="pass"),
         pytest.param({"tensors": {"../x.onnx": {}}}, r"files is '\.\./x.onnx', expected a file in",

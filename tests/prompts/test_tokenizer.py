@@ -560,5 +560,5 @@ def test_a_word_that_has_no_token(words):
     vocabulary = {word: i for i, word in enumerate([*WORDS, "a"])}
     edit_model(words, vocab=vocabulary, unk_token="<gone>")
     chat = checkpoint(words)
-    with pytest.raises(InvalidInputError, match="cannot encode .*zebra.*for unknown ones"):
+    with pytest.raises(InvalidInputError, match=r"cannot encode .*zebra.*for unknown ones"):
         chat.encode(chat.render("zebra", with_image=True))
