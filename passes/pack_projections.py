@@ -10,7 +10,7 @@ Before:  query ► RotaryEmbedding;  key ► RotaryEmbedding;  GroupQueryAttenti
 After:   packed ► RotaryEmbedding ► GroupQueryAttention(packed)
 
 The rotation runs over heads as if they were rows; where a row is a head of values its cosine is
-1 and its sine 0.
+1 and its sine 0 (`head_tables.py`).
 
 Requires  GroupQueryAttention, that is `LowerForOnnxRuntimePass`.
 Ensures   no attention is left that could be packed.
@@ -26,11 +26,10 @@ import onnx_graphsurgeon as gs
 from dllava_export.errors import PostconditionError
 from dllava_export.passes.base import Pass
 from dllava_export.passes.graph_builder import GraphBuilder, Shape
+from dllava_export.passes.head_tables import HeadTables
 from dllava_export.passes.patterns import producer, rotations
 
 __all__ = ["PackProjectionsPass"]
-
-_Tables = dict[tuple[int, int, int, int], tuple[gs.Variable, gs.Variable]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +39,13 @@ class PackProjectionsPass(Pass):
     def apply(self, graph: gs.Graph) -> bool:
         """Pack every match; return True where there was one."""
         matches = [m for node in graph.nodes if (m := _match(node)) is not None]
-        tables: _Tables = {}
+        tables: dict[tuple[int, int], HeadTables] = {}
         for number, match in enumerate(matches):
-            _pack(GraphBuilder(graph, f"packed.{number}"), match, tables)
+            builder = GraphBuilder(graph, f"packed.{number}")
+            heads = match.num_rotated, match.num_heads
+            if heads not in tables:
+                tables[heads] = HeadTables(builder.scoped("tables"), *heads)
+            _pack(builder, match, tables[heads])
         return bool(matches)
 
     def ensures(self, graph: gs.Graph) -> None:
@@ -114,7 +117,7 @@ def _projection(tensor: gs.Tensor) -> tuple[gs.Tensor, gs.Constant] | None:
     return (x, weight) if is_weight and len(tensor.outputs) == 1 else None
 
 
-def _pack(builder: GraphBuilder, match: _Match, tables: _Tables) -> None:
+def _pack(builder: GraphBuilder, match: _Match, tables: HeadTables) -> None:
     batch, rows, _ = match.attention.outputs[0].shape
     weight = builder.op(
         "Concat",
@@ -134,16 +137,14 @@ def _pack(builder: GraphBuilder, match: _Match, tables: _Tables) -> None:
         transB=1,
     )
     if match.tables is not None:
-        packed = _rotate(builder, packed, match, _packed_tables(builder, match, tables))
+        given = zip(match.tables, ("Cos", "Sin"), strict=True)
+        packed = _rotate(builder, packed, match, [tables.table(*one) for one in given])
     nothing = [gs.Variable.empty(), gs.Variable.empty()]
     match.attention.inputs = [packed, *nothing, *match.attention.inputs[3:]]
 
 
 def _rotate(
-    builder: GraphBuilder,
-    product: gs.Variable,
-    match: _Match,
-    tables: tuple[gs.Variable, gs.Variable],
+    builder: GraphBuilder, product: gs.Variable, match: _Match, tables: list[gs.Variable]
 ) -> gs.Variable:
     """Rotate heads as if they were rows."""
     batch, rows, width = product.shape
@@ -154,42 +155,6 @@ def _rotate(
         "RotaryEmbedding", [heads, *tables], "rotated", np.float32, heads_shape, num_heads=1
     )
     return _reshape(builder, turned, [0, -1, width], "packed", [batch, rows, width])
-
-
-def _packed_tables(
-    builder: GraphBuilder, match: _Match, tables: _Tables
-) -> tuple[gs.Variable, gs.Variable]:
-    """Return tables with a row per head, shared by the layers that share the given ones."""
-    assert match.tables is not None
-    cosine, sine = match.tables
-    key = id(cosine), id(sine), match.num_rotated, match.num_heads
-    if key not in tables:
-        is_rotated = np.arange(match.num_heads) < match.num_rotated
-        mask = builder.constant("is_rotated", is_rotated[None, None, :, None], bool)
-        tables[key] = (
-            _packed_table(builder.scoped("cosine"), cosine, mask, 1.0),
-            _packed_table(builder.scoped("sine"), sine, mask, 0.0),
-        )
-    return tables[key]
-
-
-def _packed_table(
-    builder: GraphBuilder, table: gs.Tensor, mask: gs.Constant, value: float
-) -> gs.Variable:
-    """Repeat the rows of a table for all heads; those of values get `value`."""
-    batch, rows, half = table.shape
-    num_heads = mask.shape[2]
-    column = builder.op(
-        "Unsqueeze",
-        [table, builder.ints(2)],
-        "column",
-        np.float32,
-        [batch, rows, 1, half],
-    )
-    inputs = [mask, column, builder.scalar(value, np.float32)]
-    shape = [batch, rows, num_heads, half]
-    filled = builder.op("Where", inputs, "filled", np.float32, shape)
-    return _reshape(builder, filled, [0, -1, half], "table", [batch, None, half])
 
 
 def _reshape(

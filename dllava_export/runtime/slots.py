@@ -97,9 +97,9 @@ class Slots:
     @property
     def cache_lengths(self) -> np.ndarray:
         """Valid rows of each cache, [layers, slots] int64."""
-        groups = self.plan.groups
-        lengths = np.empty((sum(g.num_layers for g in groups), self.plan.batch), np.int64)
-        for group in groups:
+        plan = self.plan
+        lengths = np.empty((plan.groups[-1].layers.stop, plan.batch), np.int64)
+        for group in plan.groups:
             lengths[group.layers] = self.write_indices[group.name]
         return lengths
 

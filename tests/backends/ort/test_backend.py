@@ -125,6 +125,15 @@ def ops_for(folder, provider):
     return collections.Counter(node.op_type for node in model.graph.node)
 
 
+def test_rotary_tables_are_computed_for_all_heads_at_once(bundles):
+    folder = bundles.path("mha")
+    portable = onnx.load(folder / "llm" / layout.DECODER, load_external_data=False)
+    before = collections.Counter(node.op_type for node in portable.graph.node)
+    after = ops_for(folder, "cpu")
+    assert (after["Cos"], after["Sin"], after["Where"]) == (1, 1, before["Where"])
+    assert after["Slice"] == before["Slice"] - 2
+
+
 def test_cuda_takes_its_own_attention_in_half_precision_only(bundles):
     in_float32 = ops_for(bundles.path("mha"), "cuda")
     assert "KVCacheAttention" in in_float32
