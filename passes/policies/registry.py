@@ -42,7 +42,7 @@ def _built_in() -> dict[str, str]:
 POLICIES: Registry[Policy] = Registry(
     "policy",
     "dllava_export.policies",
-    _built_in(),
+    _built_in,
     contract=Policy,  # type: ignore[type-abstract]  # nothing makes one of it
     texts=("name", "help", "image_tokens"),
     unknown=SettingError,

@@ -10,6 +10,9 @@ from places import ROOT
 
 from dllava_export import cli
 from dllava_export.commands.policy_option import PolicyName, PolicyOption
+from dllava_export.passes.policies.registry import POLICIES
+
+BUILT_IN = [name for name in POLICIES.names() if POLICIES.find_built_in(name)]
 
 
 @click.command()
@@ -38,8 +41,8 @@ def test_takes_a_text_policy() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "unifrom"], "policy must be one of predictor, random, uniform, norm, none, "
-         "got 'unifrom'. Did you mean 'uniform'?"),
+        (["--policy", "unifrom"], f"policy must be one of {', '.join(BUILT_IN)}, none, got "
+         "'unifrom'. Did you mean 'uniform'?"),
         (["--text", "radnom"], "policy must be one of predictor, random, uniform, got 'radnom'. "
          "Did you mean 'random'?"),
         (["--text", "norm"], "policy 'norm' has no decision for a single token; expected one of "
@@ -56,8 +59,8 @@ def test_refuses_others_as_wrong_usage(arguments: list[str], message: str) -> No
 def test_help_says_what_there_is(policy_packages) -> None:
     policy_packages.install("mine", "Deciding")
     text = " ".join(run("--help").output.split())
-    assert "--policy [predictor|random|uniform|norm|mine|none]" in text
-    assert "norm: the longest hidden states; mine: a policy of a test." in text
+    assert f"--policy [{'|'.join(BUILT_IN)}|mine|none]" in text
+    assert "uniform: evenly spaced tokens; mine: a policy of a test." in text
     assert "--text [predictor|random|uniform|mine]" in text
 
 
@@ -87,7 +90,7 @@ def test_names_can_be_completed() -> None:
 @pytest.mark.parametrize("name", ["export", "sparsify"])
 def test_commands_have_both_options(name: str) -> None:
     text = CliRunner().invoke(cli.main, [name, "--help"]).output
-    assert "--policy [predictor|random|uniform|norm|none]" in text
+    assert f"--policy [{'|'.join(BUILT_IN)}|none]" in " ".join(text.split())
     assert "--output-text-policy [predictor|random|uniform]" in text
 
 

@@ -435,7 +435,8 @@ def test_fills_in_what_was_left_open(checkpoints, name, options, expected):
     [
         pytest.param("plain", {}, UnsupportedModelError,
                      "plain is a llava checkpoint without an image predictor, which policy "
-                     "'predictor' needs.*random, uniform, norm, or none", id="no predictors"),
+                     "'predictor' needs.*--policy attention, .*, uniform, or none",
+                     id="no predictors"),
         pytest.param("image only", {"output_text_keep_rate": 0.5}, UnsupportedModelError,
                      r"without an output-text predictor, but .* 0\.5 .* Use 1\.0, or an output-t",
                      id="no text predictor"),
@@ -463,7 +464,7 @@ def test_fills_in_what_was_left_open(checkpoints, name, options, expected):
         pytest.param("trained", {"policy": "norm", "output_text_keep_rate": 0.5}, ValueError,
                      "policy 'norm' ranks image tokens", id="norm and text"),
         pytest.param("trained", {"policy": "best"}, ValueError,
-                     "policy must be one of predictor, random, uniform, norm, none, got 'best'",
+                     "policy must be one of attention, .*, uniform, none, got 'best'",
                      id="unknown policy"),
     ],
 )  # fmt: skip
