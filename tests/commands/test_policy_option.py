@@ -34,8 +34,9 @@ def test_takes_a_policy(name: str) -> None:
     assert run("--policy", name).output == f"{name} None\n"
 
 
-def test_takes_a_text_policy() -> None:
-    assert run("--text", "uniform").output == "None uniform\n"
+@pytest.mark.parametrize("name", ["uniform", "none"])
+def test_takes_a_text_policy(name: str) -> None:
+    assert run("--text", name).output == f"None {name}\n"
 
 
 @pytest.mark.parametrize(
@@ -43,11 +44,10 @@ def test_takes_a_text_policy() -> None:
     [
         (["--policy", "unifrom"], f"policy must be one of {', '.join(BUILT_IN)}, none, got "
          "'unifrom'. Did you mean 'uniform'?"),
-        (["--text", "radnom"], "policy must be one of predictor, random, uniform, got 'radnom'. "
-         "Did you mean 'random'?"),
+        (["--text", "radnom"], "policy must be one of predictor, random, uniform, none, got "
+         "'radnom'. Did you mean 'random'?"),
         (["--text", "norm"], "policy 'norm' has no decision for a single token; expected one of "
-         "predictor, random, uniform."),
-        (["--text", "none"], "policy must be one of predictor, random, uniform, got 'none'."),
+         "predictor, random, uniform, none."),
     ],
 )  # fmt: skip
 def test_refuses_others_as_wrong_usage(arguments: list[str], message: str) -> None:
@@ -61,7 +61,7 @@ def test_help_says_what_there_is(policy_packages) -> None:
     text = " ".join(run("--help").output.split())
     assert f"--policy [{'|'.join(BUILT_IN)}|mine|none]" in text
     assert "uniform: evenly spaced tokens; mine: a policy of a test." in text
-    assert "--text [predictor|random|uniform|mine]" in text
+    assert "--text [predictor|random|uniform|mine|none]" in text
 
 
 def test_takes_policies_of_other_packages(policy_packages) -> None:
@@ -91,7 +91,7 @@ def test_names_can_be_completed() -> None:
 def test_commands_have_both_options(name: str) -> None:
     text = CliRunner().invoke(cli.main, [name, "--help"]).output
     assert f"--policy [{'|'.join(BUILT_IN)}|none]" in " ".join(text.split())
-    assert "--output-text-policy [predictor|random|uniform]" in text
+    assert "--output-text-policy [predictor|random|uniform|none]" in text
 
 
 def test_help_of_all_commands_looks_for_nothing() -> None:

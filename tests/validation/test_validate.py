@@ -74,7 +74,7 @@ def test_policies_without_weights_match_torch(bundles, policy, checkpoint):
     decides = POLICIES.get(policy).decides_text
     rate = 0.4 if decides else 1.0
     path = bundles.path(checkpoint, policy=policy, output_text_keep_rate=rate)
-    report = run(path, num_steps=12, checkpoint=str(DATA / checkpoint))
+    report = run(path, num_steps=12, checkpoint=str(DATA / checkpoint), layers=True)
     assert report.first_mismatch is None
     assert verdicts(report, "image_scores") == verdicts(report, "kept_indices") == {"match"}
     assert verdicts(report, "keep") == ({"match"} if decides else set())
