@@ -143,6 +143,20 @@ def test_a_batch_keeps_what_its_samples_keep_alone(sparsity: Sparsity) -> None:
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_the_form_for_tensorrt_agrees(sparsity: Sparsity) -> None:
+    passes = pipeline.tensorrt_passes({names.FULL: 24, names.SPARSE: 20})
+    portable, lowered = (helpers.Runner(decoder(sparsity, *more)) for more in ([], passes))
+    feeds = prompt(sparsity) | caches(sparsity)
+    first, second = portable(feeds), lowered(feeds)
+    for step in range(2):
+        for name in first.keys() - {n for n in first if n.startswith("present")}:
+            helpers.assert_close(second[name], first[name])
+        row = next_row(step)
+        first = portable(row | helpers.carried_over(first))
+        second = lowered(row | helpers.carried_over(second))
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_recompute_equals_prefill_on_a_prompt(sparsity: Sparsity) -> None:
     feeds = prompt(sparsity) | caches(sparsity)
     cached = helpers.run(decoder(sparsity), feeds)
