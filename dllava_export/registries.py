@@ -69,7 +69,7 @@ class Registry(Generic[T]):
         return (*self._built_in, *self._reserved)
 
     def names(self) -> tuple[str, ...]:
-        """Return all names, built-in ones first; nothing is imported."""
+        """Return all names, built-in ones first; nothing of other packages is imported."""
         from importlib.metadata import entry_points
 
         return (
