@@ -86,8 +86,8 @@ def export(
         out: New or empty folder.
         policy: What scores image tokens; by default `predictor`, which a Dynamic-LLaVA
             checkpoint has.
-        output_text_policy: What decides about generated tokens; by default `policy`, where it
-            can.
+        output_text_policy: What decides about generated tokens, or `none`, which keeps all; by
+            default `policy`, where it can.
         sparse_layer: First decoder layer, 0-based, that sees only kept tokens; as trained, else
             2, by default.
         image_keep_rate: Share of image tokens kept, in (0, 1]; as trained, else 0.2.

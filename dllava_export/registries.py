@@ -7,6 +7,7 @@ the thing's name, its object a subclass of the contract or an instance of one.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,8 @@ class Registry(Generic[T]):
     Args:
         kind: What they are, for messages: `policy`.
         group: Entry point group of other packages.
-        built_in: Name → `module:class`, in the order in which they are shown.
+        built_in: Name → `module:class`, in the order in which they are shown; or what finds
+            them, called when something is first asked for.
         contract: The class that all are instances of.
         texts: Attributes that must be texts; `name` must be that of the entry point.
         unknown: Makes the error for a name that is not known, from its message.
@@ -44,7 +46,7 @@ class Registry(Generic[T]):
         self,
         kind: str,
         group: str,
-        built_in: Mapping[str, str],
+        built_in: Mapping[str, str] | Callable[[], Mapping[str, str]],
         *,
         contract: type[T],
         texts: Sequence[str],
@@ -53,13 +55,21 @@ class Registry(Generic[T]):
     ) -> None:
         self.group = group
         self._kind = kind
-        self._built_in = dict(built_in)
+        self._given = built_in
         self._contract, self._texts = contract, tuple(texts)
         self._unknown = unknown
-        self._taken = (*built_in, *reserved)
+        self._reserved = tuple(reserved)
+
+    @functools.cached_property
+    def _built_in(self) -> dict[str, str]:
+        return dict(self._given() if callable(self._given) else self._given)
+
+    @property
+    def _taken(self) -> tuple[str, ...]:
+        return (*self._built_in, *self._reserved)
 
     def names(self) -> tuple[str, ...]:
-        """Return all names, built-in ones first; nothing is imported."""
+        """Return all names, built-in ones first; nothing of other packages is imported."""
         from importlib.metadata import entry_points
 
         return (

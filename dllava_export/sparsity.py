@@ -42,7 +42,8 @@ class Sparsity:
         image_keep_tokens: Number of image tokens kept; overrides `image_keep_rate`.
         output_text_keep_rate: Expected share of generated tokens whose keys and values are
             stored from `sparse_layer` on, in (0, 1]. At 1.0 there is no keep bit.
-        output_text_policy: What decides about generated tokens; None for `policy` itself.
+        output_text_policy: What decides about generated tokens: a name as for `policy`, None for
+            `policy` itself; `none` keeps all, as a rate of 1.0 does.
     """
 
     policy: str = DEFAULT_POLICY
@@ -65,6 +66,13 @@ class Sparsity:
                 f"image_keep_tokens must be at least 1, got {self.image_keep_tokens}."
             )
         self._normalise()
+        if self.output_text_policy == NO_POLICY:
+            raise SettingError(
+                f"output_text_policy is {NO_POLICY!r}, which keeps all generated tokens, but "
+                f"output_text_keep_rate is {self.output_text_keep_rate}. Use "
+                "output_text_keep_rate 1.0, or an output_text_policy that decides: "
+                f"{', '.join(text_policy_names())}."
+            )
         if self.has_keep_bit:
             self._check_text_policy()
 

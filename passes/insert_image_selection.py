@@ -30,7 +30,7 @@ from dllava_export.passes.gather_last_row import row_lengths
 from dllava_export.passes.graph_builder import GraphBuilder, find_input
 from dllava_export.passes.insert_kv_cache import insert_next_write_index
 from dllava_export.passes.patterns import producer
-from dllava_export.passes.policies.base import ImageRows
+from dllava_export.passes.policies.base import AttentionRows, ImageRows
 from dllava_export.passes.policies.registry import POLICIES
 from dllava_export.passes.policies.scores import check_scores
 from dllava_export.passes.policies.weights import PredictorWeights
@@ -88,7 +88,10 @@ class InsertImageSelectionPass(Pass):
         """Insert the selection; return False where it is there already."""
         if find_image_selection(graph) is not None:
             return False
-        hidden = find_decoder_layers(graph)[self.sparse_layer].hidden_in
+        before, layer = find_decoder_layers(graph)[
+            self.sparse_layer - 1 : self.sparse_layer + 1
+        ]
+        hidden = layer.hidden_in
         region = region_from(graph, hidden)
         builder = GraphBuilder(graph, self._scope)
         lengths = row_lengths(graph)
@@ -101,6 +104,7 @@ class InsertImageSelectionPass(Pass):
             token_kind=token_kind,
             row_lengths=lengths,
             kept_lengths=kept_lengths,
+            attention=_attention_rows(before.attention),
         )
         scores = POLICIES.get(self.policy).score(builder, rows, self.weights)
         check_scores(self.policy, scores, hidden)
@@ -147,6 +151,20 @@ class InsertImageSelectionPass(Pass):
                 raise PostconditionError(
                     f"Decoder layer {later.index} still writes its cache at the full index."
                 )
+
+
+def _attention_rows(node: gs.Node) -> AttentionRows:
+    """Return what an Attention or a KVCacheAttention reads of the rows that are fed."""
+    query, key = node.inputs[:2]
+    num_heads = int(node.attrs.get("num_heads") or node.attrs["q_num_heads"])
+    head_dim = int(query.shape[-1]) // num_heads
+    return AttentionRows(
+        query=query,
+        key=key,
+        num_heads=num_heads,
+        num_kv_heads=int(node.attrs["kv_num_heads"]),
+        scale=float(node.attrs.get("scale") or head_dim**-0.5),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

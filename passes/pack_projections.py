@@ -83,6 +83,8 @@ def _match(attention: gs.Node) -> _Match | None:
     if attention.op != "GroupQueryAttention" or not _has_rank_3(attention.outputs[0]):
         return None
     query, key, value = attention.inputs[:3]
+    if len(query.outputs) > 1 or len(key.outputs) > 1:
+        return None  # a policy reads them too, and would need them apart from the packed ones
     tables = None
     if not attention.attrs.get("do_rotary", 0):
         found = rotations(attention)

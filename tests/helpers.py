@@ -285,7 +285,8 @@ def dense_text(num_layers: int = 2) -> str:
 
 NORM_SCORES = """
     hidden_f32 = Cast <to = 1> (h0)
-    scores = ReduceL2 <keepdims = 0> (hidden_f32, last_axis)
+    length = ReduceL2 <keepdims = 0> (hidden_f32, last_axis)
+    scores = Neg (length)
 """
 SELECTION = """
     kept_indices = ai.dllava.SelectTokens (scores, token_kind, num_kept, kept_lengths)
@@ -450,9 +451,20 @@ Select = Callable[[np.ndarray, np.ndarray], Sequence[int]]
 
 
 class ReferenceDecoder:
-    """The tiny decoder in NumPy, one sample without padding, with a cache of exact length."""
+    """The tiny decoder in NumPy, one sample without padding, with a cache of exact length.
 
-    def __init__(self, num_layers: int = 2) -> None:
+    Args:
+        num_layers: Decoder layers.
+        renumbers: Give selected rows the positions 0, 1, 2, ..., as no decoder here must.
+
+    Attributes:
+        attended: Query [rows, 2, 8] and key [rows, 1, 8] of the layer that ran last, rotated.
+    """
+
+    attended: tuple[np.ndarray, np.ndarray]
+
+    def __init__(self, num_layers: int = 2, *, renumbers: bool = False) -> None:
+        self._renumbers = renumbers
         self.weights = {
             k: v.astype(np.float64) for k, v in decoder_weights(num_layers).items()
         }
@@ -485,6 +497,8 @@ class ReferenceDecoder:
                 if select is not None:
                     rows = list(select(x, positions))
                     x, positions = x[rows], positions[rows]
+                    if self._renumbers:
+                        positions = np.arange(len(rows))
                 stored = is_stored(x, positions)
             x = self._layer(i, x, positions, stored)
         return self._norm(x[-1], "norm") @ self.weights["lm_head"].T
@@ -498,6 +512,7 @@ class ReferenceDecoder:
         normed = self._norm(x, f"{i}.norm_1")
         query = self._rotate(normed @ weights[f"{i}.q"], positions, HEADS)
         key = self._rotate(normed @ weights[f"{i}.k"], positions, KV_HEADS)
+        self.attended = tuple(x.reshape(len(x), -1, HEAD_DIM) for x in (query, key))
         keys = np.concatenate([self.caches[i][0], key])
         values = np.concatenate([self.caches[i][1], normed @ weights[f"{i}.v"]])
         if stored:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import helpers
 import numpy as np
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
 import torch
 
 from dllava_export import names
+from dllava_export.passes.gather_last_row import GatherLastRowPass
 from dllava_export.passes.graph_builder import GraphBuilder
 from dllava_export.passes.graph_io import model_from_graph
+from dllava_export.passes.insert_image_selection import InsertImageSelectionPass
+from dllava_export.passes.insert_kv_cache import InsertKVCachePass
 from dllava_export.passes.policies.base import (
+    AttentionArrays,
+    AttentionRows,
     ImageArrays,
     ImageRows,
     Policy,
@@ -21,10 +27,14 @@ from dllava_export.passes.policies.weights import PredictorWeights
 
 Kinds = list[list[int]]
 
+ROWS = [names.BATCH, names.ROWS]
+HEADS, KV_HEADS, SCALE = 4, 2, 0.4
 TYPES = {
-    "hidden_states": (np.float32, [names.BATCH, names.ROWS, helpers.HIDDEN]),
-    "position_ids": (np.int64, [names.BATCH, names.ROWS]),
-    "token_kind": (np.int64, [names.BATCH, names.ROWS]),
+    "hidden_states": (np.float32, [*ROWS, helpers.HIDDEN]),
+    "query": (np.float32, [*ROWS, HEADS * helpers.HEAD_DIM]),
+    "key": (np.float32, [*ROWS, KV_HEADS * helpers.HEAD_DIM]),
+    "position_ids": (np.int64, ROWS),
+    "token_kind": (np.int64, ROWS),
     "row_lengths": (np.int64, [names.BATCH]),
     "kept_lengths": (np.int64, [names.BATCH]),
 }
@@ -39,11 +49,51 @@ def empty_graph(*wanted: str) -> tuple[gs.Graph, dict[str, gs.Variable]]:
     return gs.Graph(inputs=list(inputs.values()), opset=names.OPSET), inputs
 
 
-def image_feeds(kinds: Kinds, drop: int, hidden: np.ndarray | None) -> dict[str, np.ndarray]:
-    feeds = helpers.prompt(kinds, drop)
-    feeds["row_lengths"] = (feeds[names.TOKEN_KIND] != names.PADDING).sum(axis=1)
-    feeds["hidden_states"] = feeds[names.INPUTS_EMBEDS] if hidden is None else hidden
+def image_feeds(kinds: Kinds, drop: int = 0, seed: int = 3) -> dict[str, np.ndarray]:
+    """Return what a policy looks at, of rows given by kind; numbers are drawn from a seed."""
+    feeds = helpers.prompt(kinds, drop, seed)
+    token_kind = feeds[names.TOKEN_KIND]
+    feeds["row_lengths"] = (token_kind != names.PADDING).sum(axis=1)
+    feeds["hidden_states"] = feeds[names.INPUTS_EMBEDS]
+    rng = np.random.default_rng([seed, 1])
+    for name in ("query", "key"):
+        shape = (*token_kind.shape, TYPES[name][1][-1])
+        feeds[name] = rng.normal(size=shape).astype(np.float32)
     return feeds
+
+
+class ScoreGraph:
+    """The nodes of a policy that score image rows, on ONNX Runtime."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        weights: PredictorWeights | None = None,
+        dtype: npt.DTypeLike = np.float32,
+    ) -> None:
+        self._dtype = np.dtype(dtype)
+        graph, inputs = empty_graph(*TYPES)
+        for name in ("hidden_states", "query", "key"):
+            inputs[name].dtype = self._dtype
+        attention = AttentionRows(
+            query=inputs.pop("query"),
+            key=inputs.pop("key"),
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            scale=SCALE,
+        )
+        rows = ImageRows(**inputs, attention=attention)
+        graph.outputs = [policy.score(GraphBuilder(graph, "policy"), rows, weights)]
+        self._run = helpers.Runner(model_from_graph(graph))
+
+    def __call__(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        """Return scores [batch, rows] of what `image_feeds` gives."""
+        cast = {
+            name: values.astype(self._dtype) if values.dtype == np.float32 else values
+            for name, values in feeds.items()
+        }
+        (scores,) = self._run(cast).values()
+        return scores
 
 
 def image_scores(
@@ -51,30 +101,59 @@ def image_scores(
     kinds: Kinds,
     drop: int = 0,
     weights: PredictorWeights | None = None,
-    hidden: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return [batch, rows] scores of rows given by kind, from the graph."""
-    graph, inputs = empty_graph(*TYPES)
-    scores = policy.score(GraphBuilder(graph, "policy"), ImageRows(**inputs), weights)
-    graph.outputs = [scores]
-    (values,) = helpers.run(model_from_graph(graph), image_feeds(kinds, drop, hidden)).values()
-    return values
+    return ScoreGraph(policy, weights)(image_feeds(kinds, drop))
 
 
 def reference_scores(
-    policy: Policy, kinds: Kinds, drop: int = 0, weights: PredictorWeights | None = None
+    policy: Policy,
+    kinds: Kinds,
+    drop: int = 0,
+    weights: PredictorWeights | None = None,
+    feeds: dict[str, np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Return what the reference gives the image rows of each sample."""
-    feeds = image_feeds(kinds, drop, None)
+    feeds = image_feeds(kinds, drop) if feeds is None else feeds
     found = []
     for sample, rows in enumerate(image_rows(kinds)):
-        arrays = ImageArrays(
-            hidden_states=feeds["hidden_states"][sample, rows],
-            position_ids=feeds[names.POSITION_IDS][sample, rows],
-            num_kept=len(rows) - drop,
-        )
+        arrays = image_arrays(feeds, sample, rows, len(rows) - drop)
         found.append(policy.reference(arrays, weights) if len(rows) else np.zeros(0))
     return found
+
+
+def image_arrays(
+    feeds: dict[str, np.ndarray], sample: int, rows: np.ndarray, num_kept: int
+) -> ImageArrays:
+    """Return what a reference sees of one sample of `image_feeds`."""
+    valid = slice(feeds["row_lengths"][sample])
+    query, key = (feeds[name][sample, valid] for name in ("query", "key"))
+    return ImageArrays(
+        hidden_states=feeds["hidden_states"][sample, rows],
+        position_ids=feeds[names.POSITION_IDS][sample, rows],
+        num_kept=num_kept,
+        attention=AttentionArrays(
+            query=query.reshape(len(query), HEADS, -1),
+            key=key.reshape(len(key), KV_HEADS, -1),
+            scale=SCALE,
+            token_kind=feeds[names.TOKEN_KIND][sample, valid],
+        ),
+    )
+
+
+def assert_nodes(policy: str, text: str, constants: str = "") -> None:
+    """Compare what the pass adds for a policy before layer 1 with nodes that make `scores`.
+
+    They may read `h0`, `qr0`, `kr0` (query and key of layer 0), `position_ids`, `token_kind`,
+    `row_lengths` and `kept_lengths`.
+    """
+    for cache in (False, True):
+        passes = [GatherLastRowPass(), *([InsertKVCachePass()] if cache else [])]
+        after = helpers.apply(
+            helpers.dense_decoder(2), *passes, InsertImageSelectionPass(policy, 1)
+        )
+        expected = helpers.SparseText(cache, text, constants=constants).model({})
+        helpers.assert_same_graph(after, expected)
 
 
 def image_rows(kinds: Kinds) -> list[np.ndarray]:

@@ -11,18 +11,20 @@ import pytest
 from dllava_export import names, pipeline
 from dllava_export.passes.base import Pass, run_passes
 from dllava_export.passes.graph_io import graph_from_model, model_from_graph
+from dllava_export.passes.policies.registry import NO_POLICY, POLICIES
 from dllava_export.sparsity import DENSE, Sparsity
 
 SPARSITIES = [
     pytest.param(DENSE, id="none"),
     pytest.param(Sparsity("predictor", 2), id="predictor"),
-    pytest.param(
-        Sparsity("predictor", 1, output_text_keep_rate=1.0), id="predictor, text kept"
-    ),
     pytest.param(Sparsity("random", 1), id="random"),
     pytest.param(Sparsity("uniform", 2), id="uniform"),
-    pytest.param(Sparsity("norm", 1, output_text_keep_rate=1.0), id="norm"),
+    *(
+        pytest.param(Sparsity(name, 1, output_text_keep_rate=1.0), id=f"{name}, text kept")
+        for name in POLICIES.names()
+    ),
     pytest.param(Sparsity("norm", 1, output_text_policy="uniform"), id="norm, text uniform"),
+    pytest.param(Sparsity("dart", 1, output_text_policy="predictor"), id="dart, text"),
     pytest.param(Sparsity("uniform", 1, output_text_policy="predictor"), id="uniform, text"),
 ]
 KINDS = [[1, 2, 2, 2, 2, 2, 1, 1], [2, 2, 2, 2, 2, 1], [1, 1, 1]]
@@ -122,6 +124,39 @@ def test_lowered_and_portable_model_agree(sparsity: Sparsity) -> None:
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_a_batch_keeps_what_its_samples_keep_alone(sparsity: Sparsity) -> None:
+    kinds = [[1, 2, 2, 1, 2, 2, 2, 1, 1], [2, 2, 2, 2, 2, 1], [1, 1, 1]]
+    runner = helpers.Runner(decoder(sparsity, *pipeline.lowering_passes()))
+    drop = 0 if sparsity.is_dense else 3
+    feeds = helpers.prompt(kinds, drop)
+    capacities = [16] * NUM_LAYERS
+    together = runner(feeds | helpers.empty_caches(len(kinds), capacities))
+    for sample, row_kinds in enumerate(kinds):
+        alone = helpers.prompt([row_kinds], drop)
+        rows = feeds[names.INPUTS_EMBEDS][sample : sample + 1, : len(row_kinds)]
+        alone |= {names.INPUTS_EMBEDS: rows} | helpers.empty_caches(1, capacities)
+        found = runner(alone)
+        helpers.assert_close(found[names.LOGITS][0], together[names.LOGITS][sample])
+        if not sparsity.is_dense:
+            kept = found[names.KEPT_INDICES][0].tolist()
+            assert together[names.KEPT_INDICES][sample, : len(kept)].tolist() == kept
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_the_form_for_tensorrt_agrees(sparsity: Sparsity) -> None:
+    passes = pipeline.tensorrt_passes({names.FULL: 24, names.SPARSE: 20})
+    portable, lowered = (helpers.Runner(decoder(sparsity, *more)) for more in ([], passes))
+    feeds = prompt(sparsity) | caches(sparsity)
+    first, second = portable(feeds), lowered(feeds)
+    for step in range(2):
+        for name in first.keys() - {n for n in first if n.startswith("present")}:
+            helpers.assert_close(second[name], first[name])
+        row = next_row(step)
+        first = portable(row | helpers.carried_over(first))
+        second = lowered(row | helpers.carried_over(second))
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_recompute_equals_prefill_on_a_prompt(sparsity: Sparsity) -> None:
     feeds = prompt(sparsity) | caches(sparsity)
     cached = helpers.run(decoder(sparsity), feeds)
@@ -131,7 +166,7 @@ def test_recompute_equals_prefill_on_a_prompt(sparsity: Sparsity) -> None:
             helpers.assert_close(again[name], cached[name])
 
 
-@pytest.mark.parametrize("policy", ["predictor", "random", "uniform", "norm", "none"])
+@pytest.mark.parametrize("policy", [*POLICIES.names(), NO_POLICY])
 def test_recompute_equals_decode_while_all_text_is_kept(policy: str) -> None:
     sparsity = Sparsity(policy, 1, output_text_keep_rate=1.0)
     cached, again = helpers.Runner(decoder(sparsity)), helpers.Runner(recompute(sparsity))

@@ -110,6 +110,22 @@ def test_nothing_is_imported_before_it_is_asked_for():
         absent.get("absent")
 
 
+def test_things_may_be_looked_for_when_they_are_asked_for(shapes):
+    asked = []
+
+    def found():
+        asked.append(True)
+        return {"square": "test_registries_shapes:Square"}
+
+    lazy = Registry(
+        "shape", GROUP, found, contract=Shape, texts=("name",), unknown=SettingError
+    )
+    assert asked == []
+    assert [lazy.names(), lazy.names()] == [("square",)] * 2
+    assert lazy.get("square").corners() == 4
+    assert asked == [True]
+
+
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [

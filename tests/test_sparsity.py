@@ -69,9 +69,21 @@ def test_refuses_a_text_policy_without_a_decision(settings: dict) -> None:
         Sparsity(**settings)
 
 
+def test_none_keeps_all_generated_tokens() -> None:
+    kept = Sparsity("dart", output_text_policy="none", output_text_keep_rate=1.0)
+    assert kept == Sparsity("dart", output_text_keep_rate=1.0)
+    message = (
+        "output_text_policy is 'none', which keeps all generated tokens, but "
+        r"output_text_keep_rate is 0\.5\. Use output_text_keep_rate 1\.0, or an "
+        r"output_text_policy that decides: predictor, random, uniform\."
+    )
+    with pytest.raises(ValueError, match=message):
+        Sparsity("dart", output_text_policy="none")
+
+
 def test_policies_need_not_be_installed() -> None:
     """A bundle holds the nodes of its policy, and runs without it."""
-    elsewhere = Sparsity("fastv", output_text_policy="h2o")
+    elsewhere = Sparsity("hiprune", output_text_policy="h2o")
     assert elsewhere.has_keep_bit
 
 

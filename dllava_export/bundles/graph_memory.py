@@ -36,7 +36,7 @@ def buffer_bytes(values: Iterable[onnx.ValueInfoProto], dimensions: Mapping[str,
 
     Args:
         values: The inputs or outputs.
-        dimensions: Symbolic dimension → its size.
+        dimensions: Symbolic dimension → its size; a sum like `rows + 8` may stand in a shape.
 
     Raises:
         UnsupportedModelError: If a shape is not known.
@@ -54,7 +54,7 @@ def peak_activation_bytes(model: onnx.ModelProto, dimensions: Mapping[str, int])
 
     Args:
         model: Its nodes in the order in which they run, with the shapes of all values.
-        dimensions: Symbolic dimension → its size.
+        dimensions: As for `buffer_bytes`.
 
     Raises:
         UnsupportedModelError: If the shape of a value is not known.
@@ -102,13 +102,25 @@ def _sizes(
 def _shape(value: onnx.ValueInfoProto, dimensions: Mapping[str, int]) -> list[int]:
     shape = []
     for dim in value.type.tensor_type.shape.dim:
-        if not dim.HasField("dim_value") and dim.dim_param not in dimensions:
+        size = dim.dim_value if dim.HasField("dim_value") else _sum(dim.dim_param, dimensions)
+        if size is None:
             raise UnsupportedModelError(
                 f"'{value.name}' has a dimension '{dim.dim_param}', expected a number or one of "
                 f"{', '.join(dimensions)}. Make the bundle again with `dllava-export sparsify`."
             )
-        shape.append(dim.dim_value if dim.HasField("dim_value") else dimensions[dim.dim_param])
+        shape.append(size)
     return shape
+
+
+def _sum(dimension: str, dimensions: Mapping[str, int]) -> int | None:
+    """Return the size of a symbolic dimension or of a sum of such and numbers, else None."""
+    total = 0
+    for term in dimension.split(" + "):
+        size = int(term) if term.isdecimal() else dimensions.get(term)
+        if size is None:
+            return None
+        total += size
+    return total
 
 
 def _itemsize(data_type: int) -> int:

@@ -45,7 +45,7 @@ def sparsity_options(function: Callable[..., None]) -> Callable[..., None]:
             "--policy",
             cls=PolicyOption,
             type=PolicyName(decides_text=False),
-            help="What scores tokens. {policies}; none: a dense decoder."
+            help="What scores image tokens. {policies}; none: a dense decoder."
             f"  [default: {DEFAULT_POLICY}]",
         ),
         click.option(
@@ -67,8 +67,8 @@ def sparsity_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--output-text-policy",
             type=PolicyName(decides_text=True),
-            help="What decides about generated tokens, where it is another."
-            "  [default: the policy, where it decides about them; else all are kept]",
+            help="What decides about generated tokens; none: all are kept."
+            "  [default: the policy, where it decides about them; else none]",
         ),
         click.option(
             "--output-text-keep-rate",

@@ -16,9 +16,10 @@ __all__ = ["PolicyName", "PolicyOption"]
 class PolicyName(click.ParamType[str]):
     """The name of a policy, checked against the registry when a value or help is asked for.
 
+    `none` is a choice too: a dense decoder, or all generated tokens.
+
     Args:
-        decides_text: Take only policies that decide about generated tokens; else `none`, for a
-            dense decoder, is a choice too.
+        decides_text: Take only policies that decide about generated tokens.
     """
 
     name = "policy"
@@ -28,7 +29,8 @@ class PolicyName(click.ParamType[str]):
 
     def choices(self) -> tuple[str, ...]:
         """Return the names to choose from."""
-        return text_policy_names() if self._decides_text else (*POLICIES.names(), NO_POLICY)
+        names = text_policy_names() if self._decides_text else POLICIES.names()
+        return (*names, NO_POLICY)
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         """Return the choices as click writes them."""
@@ -43,7 +45,7 @@ class PolicyName(click.ParamType[str]):
             click.BadParameter: If it is no choice.
             click.ClickException: If the package that provides the policy is broken.
         """
-        if value == NO_POLICY and not self._decides_text:
+        if value == NO_POLICY:
             return value
         try:
             policy = POLICIES.find(value)

@@ -65,23 +65,22 @@ def complete_sparsity(
     """
     name = options.policy or DEFAULT_POLICY
     if name == NO_POLICY:
+        _check_dense(options)
         return DENSE
     policy = _policy(name)
     has_image = trained is not None and trained.use_vision_predictor
-    has_text = trained is not None and trained.has_output_text
     if policy.needs_predictors and not has_image:
         raise UnsupportedModelError(
             f"{source} without an image predictor, which policy {name!r} needs. {remedy}, or "
             f"a policy that needs no training: {untrained_choices()}."
         )
-    text_policy = _policy(options.output_text_policy or name)
+    can_decide = _can_decide(options.output_text_policy or name, trained)
     values: dict[str, Any] = {"policy": name}
     if trained is not None:
         values["sparse_layer"] = trained.sparse_layer
         values["image_keep_rate"] = trained.vision_keep_rate
         values["output_text_keep_rate"] = trained.output_text_keep_rate
-    can_decide = text_policy.decides_text and (has_text or not text_policy.needs_predictors)
-    if options.output_text_policy is None and not can_decide:
+    if options.output_text_policy in (None, NO_POLICY) and not can_decide:
         values["output_text_keep_rate"] = 1.0  # nobody asked for a decision
     values.update({k: v for k, v in dataclasses.asdict(options).items() if v is not None})
     sparsity = Sparsity(**values)
@@ -101,6 +100,29 @@ def complete_sparsity(
                 f"policy that needs no training."
             )
     return sparsity
+
+
+def _check_dense(options: SparsityOptions) -> None:
+    """Refuse what a dense decoder cannot do: its layers all share one cache."""
+    rate, policy = options.output_text_keep_rate, options.output_text_policy
+    if policy in (None, NO_POLICY) and (rate is None or rate == 1):
+        return
+    found = f"output_text_keep_rate is {rate}"
+    if policy not in (None, NO_POLICY):
+        found = f"output_text_policy is {policy!r}"
+    raise SettingError(
+        f"policy {NO_POLICY!r} makes a dense decoder, which keeps all generated tokens, but "
+        f"{found}. Leave it out, or use an image policy: {', '.join(POLICIES.names())}."
+    )
+
+
+def _can_decide(name: str, trained: PredictorConfig | None) -> bool:
+    """True where a policy decides about generated tokens and has what it needs for that."""
+    if name == NO_POLICY:
+        return False
+    policy = _policy(name)
+    has_predictor = trained is not None and trained.has_output_text
+    return policy.decides_text and (has_predictor or not policy.needs_predictors)
 
 
 def _policy(name: str) -> Policy:

@@ -19,8 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dllava_export.errors import InvalidInputError
 from dllava_export.families.clip_tower import clip_features
 from dllava_export.families.llava import LlavaSpec
-from dllava_export.names import IMAGE_PLACEHOLDER_ID
-from dllava_export.passes.policies.base import ImageArrays, TextArrays
+from dllava_export.names import GENERATED_TEXT, IMAGE, IMAGE_PLACEHOLDER_ID, PROMPT_TEXT
+from dllava_export.passes.policies.base import AttentionArrays, ImageArrays, TextArrays
 from dllava_export.passes.policies.registry import POLICIES
 from dllava_export.passes.policies.weights import PredictorWeights
 from dllava_export.training.masked_attention import masked_attention
@@ -161,12 +161,12 @@ class MaskedModel:
         decoder = self._model.language_model.model
         positions = torch.arange(len(rows.embeds))[None]
         rotary = decoder.rotary_emb(rows.embeds[None], positions)
-        recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        recorded: dict[int, _Attended] = {}
         hidden, mask, states = rows.embeds[None], None, []
         selection = Selection(np.ones(len(rows.embeds), bool), None, None, None)
         for index, layer in enumerate(decoder.layers):
             if index == self._sparsity.sparse_layer and not self._sparsity.is_dense:
-                selection = self._select(rows, hidden[0])
+                selection = self._select(rows, hidden[0], recorded[index - 1])
                 used = selection.kept if kept is None else kept
                 mask = torch.from_numpy(used).float()[None]
             hidden = layer(
@@ -174,16 +174,17 @@ class MaskedModel:
             )
             states.append(hidden[0].numpy())
         logits = self._model.language_model.lm_head(decoder.norm(hidden))[0]
-        keys, values = (
-            [_rows(recorded[i][part]) for i in sorted(recorded)] for part in (0, 1)
-        )
+        attended = [recorded[i] for i in sorted(recorded)]
+        num_rows = len(rows.embeds)
+        keys = [_by_row(layer.key).reshape(num_rows, -1) for layer in attended]
+        values = [_by_row(layer.value).reshape(num_rows, -1) for layer in attended]
         return Forward(logits.numpy(), states, keys, values), selection
 
-    def _select(self, rows: Rows, hidden: torch.Tensor) -> Selection:
+    def _select(self, rows: Rows, hidden: torch.Tensor, before: _Attended) -> Selection:
         kept = np.ones(len(hidden), bool)
         image_scores = text_scores = margin = None
         if rows.is_image.any():
-            image_scores = self._score_image(rows, hidden)
+            image_scores = self._score_image(rows, hidden, before)
             num_kept = self._sparsity.num_kept_image_tokens(len(image_scores))
             best = np.argsort(-image_scores, kind="stable")[:num_kept]  # ties: lower index
             kept[rows.is_image] = np.isin(np.arange(len(image_scores)), best)
@@ -192,12 +193,20 @@ class MaskedModel:
             kept[rows.num_prompt :] = margin > 0
         return Selection(kept, image_scores, text_scores, margin)
 
-    def _score_image(self, rows: Rows, hidden: torch.Tensor) -> np.ndarray:
+    def _score_image(self, rows: Rows, hidden: torch.Tensor, before: _Attended) -> np.ndarray:
         positions = np.flatnonzero(rows.is_image)
+        kinds = np.where(rows.is_image, IMAGE, PROMPT_TEXT)
+        kinds[rows.num_prompt :] = GENERATED_TEXT
         image_rows = ImageArrays(
             hidden_states=hidden.numpy()[positions],
             position_ids=positions,
             num_kept=self._sparsity.num_kept_image_tokens(len(positions)),
+            attention=AttentionArrays(
+                query=_by_row(before.query),
+                key=_by_row(before.key),
+                scale=before.scale,
+                token_kind=kinds,
+            ),
         )
         return POLICIES.get(self._sparsity.policy).reference(image_rows, self._weights)
 
@@ -288,10 +297,19 @@ def _check_fits(checkpoint: str, config: Any, manifest: Manifest) -> None:
             )
 
 
-def _rows(tensor: torch.Tensor) -> np.ndarray:
-    """Return [1, heads, rows, head_dim] as [rows, heads * head_dim]."""
-    rows = tensor[0].transpose(0, 1)
-    return rows.reshape(len(rows), -1).numpy()
+@dataclasses.dataclass(frozen=True)
+class _Attended:
+    """What one layer attended with: [1, heads, rows, head_dim], rotated, before groups."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+
+
+def _by_row(tensor: torch.Tensor) -> np.ndarray:
+    """Return [1, heads, rows, head_dim] as [rows, heads, head_dim]."""
+    return tensor[0].transpose(0, 1).numpy()
 
 
 def _recorded_attention(
@@ -301,12 +319,16 @@ def _recorded_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    recorded: dict[int, tuple[torch.Tensor, torch.Tensor]],
+    recorded: dict[int, _Attended],
+    scaling: float,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Remember keys and values by layer, then attend as in training."""
-    recorded[int(module.layer_idx)] = key, value  # type: ignore[arg-type]
-    return masked_attention(module, query, key, value, attention_mask, **settings)
+    """Remember by layer what attention gets, then attend as in training."""
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    recorded[layer] = _Attended(query, key, value, scaling)
+    return masked_attention(
+        module, query, key, value, attention_mask, scaling=scaling, **settings
+    )
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _recorded_attention)

@@ -3,10 +3,10 @@
     ImageRows ► score ► SelectTokens          the best-scoring image rows go on
     TextRows ► keep_token ► keep bit          a generated token leaves keys and values, or not
 
-A policy is one file with a subclass of `Policy` and one line in `registry.py`. In a package of
-your own the line is an entry point of group `dllava_export.policies`, whose name is the
-policy's and whose object is the class. What is not loaded at import stays out of a bundle's way
-when it runs: import onnx and onnx_graphsurgeon inside functions, NumPy anywhere.
+A policy is one file with a subclass of `Policy`. In this folder `registry.py` finds it; a
+package of your own names it in an entry point of group `dllava_export.policies`, whose name is
+the policy's and whose object is the class. What is not loaded at import stays out of a bundle's
+way when it runs: import onnx and onnx_graphsurgeon inside functions, NumPy anywhere.
 
 All arithmetic is float32 or integer in every precision: a near-tie decides what stays.
 """
@@ -25,7 +25,42 @@ if TYPE_CHECKING:
     from dllava_export.passes.graph_builder import GraphBuilder
     from dllava_export.passes.policies.weights import PredictorWeights
 
-__all__ = ["ImageArrays", "ImageRows", "Policy", "TextArrays", "TextRows"]
+__all__ = [
+    "AttentionArrays",
+    "AttentionRows",
+    "ImageArrays",
+    "ImageRows",
+    "Policy",
+    "TextArrays",
+    "TextRows",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionRows:
+    """Queries and keys of layer `sparse_layer` - 1 in the graph, rotated, of the rows fed.
+
+    Query head h reads key head h // (num_heads / num_kv_heads). Rows of earlier runs, which a
+    cache holds, are not among them.
+
+    Attributes:
+        query: [batch, rows, num_heads * head_dim], in the precision of the model.
+        key: [batch, rows, num_kv_heads * head_dim], likewise.
+        num_heads: Query heads.
+        num_kv_heads: Key heads.
+        scale: What products of query and key are multiplied by.
+    """
+
+    query: gs.Variable
+    key: gs.Variable
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return int(self.query.shape[-1]) // self.num_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +77,7 @@ class ImageRows:
         token_kind: [batch, rows] int64; `names.IMAGE` marks the rows that compete.
         row_lengths: [batch] int64, valid rows before the selection.
         kept_lengths: [batch] int64, valid rows after it.
+        attention: Queries and keys of the layer before.
     """
 
     hidden_states: gs.Variable
@@ -49,6 +85,7 @@ class ImageRows:
     token_kind: gs.Variable
     row_lengths: gs.Variable
     kept_lengths: gs.Variable
+    attention: AttentionRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +103,23 @@ class TextRows:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionArrays:
+    """The same for the NumPy reference, of all valid rows of one sample.
+
+    Attributes:
+        query: [rows, num_heads, head_dim] float32.
+        key: [rows, num_kv_heads, head_dim] float32.
+        scale: What products of query and key are multiplied by.
+        token_kind: [rows] int64; `names.IMAGE` marks the rows that compete.
+    """
+
+    query: np.ndarray
+    key: np.ndarray
+    scale: float
+    token_kind: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageArrays:
     """The same for the NumPy reference, of one sample and its image rows only.
 
@@ -73,11 +127,13 @@ class ImageArrays:
         hidden_states: [n, hidden_size] float32.
         position_ids: [n] int64, positions in the prompt.
         num_kept: How many of the n will be kept.
+        attention: Queries and keys of the layer before, of all rows.
     """
 
     hidden_states: np.ndarray
     position_ids: np.ndarray
     num_kept: int
+    attention: AttentionArrays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

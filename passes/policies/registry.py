@@ -1,12 +1,17 @@
-"""Which policies there are: the built-in ones, listed here alone, and those of other packages.
+"""Which policies there are: those of this folder, and those of other packages.
 
-A policy of another package is an entry point of group `dllava_export.policies`, whose name is
-the policy's and whose object is a subclass or an instance of `Policy`.
+A file of this folder that has a subclass of `Policy` is a policy; nothing lists them. One of
+another package is an entry point of group `dllava_export.policies`, whose name is the policy's
+and whose object is a subclass or an instance of `Policy`.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from dllava_export.errors import SettingError
+from dllava_export.passes import policies
 from dllava_export.passes.policies.base import Policy
 from dllava_export.registries import Registry
 
@@ -21,15 +26,23 @@ __all__ = [
 NO_POLICY = "none"
 """What users write for a dense decoder; no policy may be called so."""
 
+
+def _built_in() -> dict[str, str]:
+    """Return name → `module:class` of the policies of this folder, sorted by name."""
+    found = {}
+    for entry in pkgutil.iter_modules(policies.__path__, f"{policies.__name__}."):
+        if entry.name == __name__:
+            continue  # being imported
+        for value in vars(importlib.import_module(entry.name)).values():
+            if isinstance(value, type) and issubclass(value, Policy) and value is not Policy:
+                found[value.name] = f"{value.__module__}:{value.__qualname__}"
+    return dict(sorted(found.items()))
+
+
 POLICIES: Registry[Policy] = Registry(
     "policy",
     "dllava_export.policies",
-    {
-        "predictor": "dllava_export.passes.policies.predictor:PredictorPolicy",
-        "random": "dllava_export.passes.policies.random_hash:RandomPolicy",
-        "uniform": "dllava_export.passes.policies.uniform:UniformPolicy",
-        "norm": "dllava_export.passes.policies.norm:NormPolicy",
-    },
+    _built_in,
     contract=Policy,  # type: ignore[type-abstract]  # nothing makes one of it
     texts=("name", "help", "image_tokens"),
     unknown=SettingError,

@@ -99,12 +99,24 @@ def test_rows_that_are_not_there_take_nothing():
 
 
 @pytest.mark.parametrize(
+    ("dimension", "rows"), [("rows + 8", 18), ("rows + batch + 2", 13), ("3 + rows", 13)]
+)
+def test_a_dimension_may_be_a_sum(dimension, rows):
+    graph = model(
+        [("Relu", ["x"], ["a"]), ("Relu", ["a"], ["y"])], [value("a", [dimension, 4])]
+    )
+    assert peak_activation_bytes(graph, DIMENSIONS) == rows * 4 * 2
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         pytest.param([], "shape of 'a', which Relu '' writes, is not known", id="no value info"),
         pytest.param([onnx.ValueInfoProto(name="a")], "shape of 'a'", id="no shape"),
         pytest.param([value("a", ["n", 4])], r"'a' has a dimension 'n', expected a number or "
                      r"one of batch, rows\. Make the bundle again", id="unknown name"),
+        pytest.param([value("a", ["rows + n", 4])], r"'a' has a dimension 'rows \+ n', expected",
+                     id="unknown name in a sum"),
         pytest.param([value("a", [None, 4])], "'a' has a dimension ''", id="no name"),
     ],
 )  # fmt: skip

@@ -417,7 +417,7 @@ def test_a_disk_that_fills_up_at_the_end(bundles, tmp_path, monkeypatch):
         pytest.param(["--output-text-keep-rate", "2"], "0<x<=1", id="text rate above 1"),
         pytest.param(["--image-keep-tokens", "0"], "x>=1", id="no tokens"),
         pytest.param(["--sparse-layer", "0"], "x>=1", id="layer 0"),
-        pytest.param(["--policy", "best"], "policy must be one of predictor, random, uniform,",
+        pytest.param(["--policy", "best"], "policy must be one of attention, dart, ",
                      id="unknown policy"),
         pytest.param(["--output-text-policy", "norm"],
                      "policy 'norm' has no decision for a single token", id="no text policy"),
@@ -458,7 +458,7 @@ def test_settings_that_do_not_fit_the_bundle(bundles, tmp_path):
 
 def test_plain_llava_has_no_predictors(plain, tmp_path):
     arguments = ["export", plain, tmp_path / "out", "--policy", "predictor"]
-    parts = ["without an image predictor", "--policy random, uniform, norm, or none"]
+    parts = ["without an image predictor", "--policy attention, dart, ", ", uniform, or none"]
     assert_fails(1, *parts, arguments=arguments)
 
 

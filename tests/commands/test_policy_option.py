@@ -10,6 +10,9 @@ from places import ROOT
 
 from dllava_export import cli
 from dllava_export.commands.policy_option import PolicyName, PolicyOption
+from dllava_export.passes.policies.registry import POLICIES
+
+BUILT_IN = [name for name in POLICIES.names() if POLICIES.find_built_in(name)]
 
 
 @click.command()
@@ -31,20 +34,20 @@ def test_takes_a_policy(name: str) -> None:
     assert run("--policy", name).output == f"{name} None\n"
 
 
-def test_takes_a_text_policy() -> None:
-    assert run("--text", "uniform").output == "None uniform\n"
+@pytest.mark.parametrize("name", ["uniform", "none"])
+def test_takes_a_text_policy(name: str) -> None:
+    assert run("--text", name).output == f"None {name}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--policy", "unifrom"], "policy must be one of predictor, random, uniform, norm, none, "
-         "got 'unifrom'. Did you mean 'uniform'?"),
-        (["--text", "radnom"], "policy must be one of predictor, random, uniform, got 'radnom'. "
-         "Did you mean 'random'?"),
+        (["--policy", "unifrom"], f"policy must be one of {', '.join(BUILT_IN)}, none, got "
+         "'unifrom'. Did you mean 'uniform'?"),
+        (["--text", "radnom"], "policy must be one of predictor, random, uniform, none, got "
+         "'radnom'. Did you mean 'random'?"),
         (["--text", "norm"], "policy 'norm' has no decision for a single token; expected one of "
-         "predictor, random, uniform."),
-        (["--text", "none"], "policy must be one of predictor, random, uniform, got 'none'."),
+         "predictor, random, uniform, none."),
     ],
 )  # fmt: skip
 def test_refuses_others_as_wrong_usage(arguments: list[str], message: str) -> None:
@@ -56,9 +59,9 @@ def test_refuses_others_as_wrong_usage(arguments: list[str], message: str) -> No
 def test_help_says_what_there_is(policy_packages) -> None:
     policy_packages.install("mine", "Deciding")
     text = " ".join(run("--help").output.split())
-    assert "--policy [predictor|random|uniform|norm|mine|none]" in text
-    assert "norm: the longest hidden states; mine: a policy of a test." in text
-    assert "--text [predictor|random|uniform|mine]" in text
+    assert f"--policy [{'|'.join(BUILT_IN)}|mine|none]" in text
+    assert "uniform: evenly spaced tokens; mine: a policy of a test." in text
+    assert "--text [predictor|random|uniform|mine|none]" in text
 
 
 def test_takes_policies_of_other_packages(policy_packages) -> None:
@@ -87,8 +90,8 @@ def test_names_can_be_completed() -> None:
 @pytest.mark.parametrize("name", ["export", "sparsify"])
 def test_commands_have_both_options(name: str) -> None:
     text = CliRunner().invoke(cli.main, [name, "--help"]).output
-    assert "--policy [predictor|random|uniform|norm|none]" in text
-    assert "--output-text-policy [predictor|random|uniform]" in text
+    assert f"--policy [{'|'.join(BUILT_IN)}|none]" in " ".join(text.split())
+    assert "--output-text-policy [predictor|random|uniform|none]" in text
 
 
 def test_help_of_all_commands_looks_for_nothing() -> None:

@@ -14,6 +14,7 @@ from dllava_export import cli
 from dllava_export.errors import CapacityError, InvalidInputError
 from dllava_export.evaluation.answer_trace import AnswerTrace, image_scores, trace_answer
 from dllava_export.evaluation.picture import PlacedText, draw, place_tokens
+from dllava_export.passes.policies.registry import POLICIES
 
 CAT = str(places.CAT)
 IDS = [1, -200, 15, 27]
@@ -44,7 +45,7 @@ def test_scores_are_those_of_the_official_code(bundles, name):
     )
 
 
-@pytest.mark.parametrize("policy", ["predictor", "random", "uniform", "norm"])
+@pytest.mark.parametrize("policy", POLICIES.names())
 def test_the_best_scores_are_kept(bundles, policy):
     found = trace(bundles, **({} if policy == "predictor" else _policy(policy)))
     kept = found.kept_image_indices
@@ -54,7 +55,7 @@ def test_the_best_scores_are_kept(bundles, policy):
 
 
 def _policy(policy: str) -> dict[str, object]:
-    rate = {"output_text_keep_rate": 1.0} if policy == "norm" else {}
+    rate = {} if POLICIES.get(policy).decides_text else {"output_text_keep_rate": 1.0}
     return {"policy": policy, **rate}
 
 

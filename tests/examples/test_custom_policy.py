@@ -141,4 +141,4 @@ def test_sparsifies_and_evaluates(cli, bundles, tmp_path: Path) -> None:
 def test_help_lists_it(cli) -> None:
     text = " ".join(cli("sparsify", "--help").split())
     assert "centre: patches nearest the middle of the picture; none" in text
-    assert "--output-text-policy [predictor|random|uniform]" in text
+    assert "--output-text-policy [predictor|random|uniform|none]" in text

@@ -94,7 +94,7 @@ def test_writes_data_files_where_nothing_is_shared(tmp_path, traced_once, no_clo
 def test_manifest_describes_the_checkpoint(bundles):
     manifest = read_manifest(bundles.path("gqa"))
     assert dataclasses.replace(
-        manifest, tensors={}, passes={}, producer={}, source=""
+        manifest, tensors={}, passes={"model.onnx": []}, producer={}, source=""
     ) == Manifest(
         family="llava",
         layout="dynamic-llava",
@@ -109,7 +109,7 @@ def test_manifest_describes_the_checkpoint(bundles):
         chat_template=None,
         eos_token_ids=(2,),
         tensors={},
-        passes={},
+        passes={"model.onnx": []},
         producer={},
         source="",
     )
@@ -419,8 +419,16 @@ def resolved(checkpoint, **options) -> Sparsity:
                      Sparsity("uniform", 2, 0.5), id="another policy, as trained"),
         pytest.param("trained", {"policy": "norm"}, Sparsity("norm", 1, 0.5, None, 1.0),
                      id="norm keeps all text"),
-        pytest.param("trained", {"policy": "none", "output_text_policy": "uniform"}, DENSE,
-                     id="dense"),
+        pytest.param("trained", {"policy": "none"}, DENSE, id="dense"),
+        pytest.param("trained", {"policy": "none", "output_text_policy": "none",
+                                 "output_text_keep_rate": 1.0}, DENSE, id="dense, all text"),
+        pytest.param("trained", {"policy": "dart"}, Sparsity("dart", 1, 0.5, None, 1.0),
+                     id="dart keeps all text"),
+        pytest.param("trained", {"policy": "dart", "output_text_policy": "predictor"},
+                     Sparsity("dart", 1, 0.5, None, 0.5, "predictor"),
+                     id="trained text behind another image policy"),
+        pytest.param("trained", {"output_text_policy": "none"},
+                     Sparsity("predictor", 1, 0.5, None, 1.0), id="no decision about text"),
         pytest.param("trained", {"policy": "norm", "output_text_policy": "uniform"},
                      Sparsity("norm", 1, 0.5, None, 0.5, "uniform"), id="two policies"),
         pytest.param("trained", {"policy": "uniform", "output_text_policy": "predictor"},
@@ -448,7 +456,8 @@ def test_fills_in_what_was_left_open(checkpoints, name, options, expected):
     [
         pytest.param("plain", {}, UnsupportedModelError,
                      "plain is a llava checkpoint without an image predictor, which policy "
-                     "'predictor' needs.*random, uniform, norm, or none", id="no predictors"),
+                     "'predictor' needs.*--policy attention, .*, uniform, or none",
+                     id="no predictors"),
         pytest.param("image only", {"output_text_keep_rate": 0.5}, UnsupportedModelError,
                      r"without an output-text predictor, but .* 0\.5 .* Use 1\.0, or an output-t",
                      id="no text predictor"),
@@ -475,8 +484,18 @@ def test_fills_in_what_was_left_open(checkpoints, name, options, expected):
                      r"output_text_keep_rate must be in \(0, 1\], got 1\.5\.", id="above 1"),
         pytest.param("trained", {"policy": "norm", "output_text_keep_rate": 0.5}, ValueError,
                      "policy 'norm' ranks image tokens", id="norm and text"),
+        pytest.param("trained", {"output_text_policy": "none", "output_text_keep_rate": 0.5},
+                     ValueError, r"output_text_policy is 'none', .*keep_rate is 0\.5\. Use",
+                     id="none and a rate"),
+        pytest.param("trained", {"policy": "none", "output_text_policy": "uniform"}, ValueError,
+                     "policy 'none' makes a dense decoder, .* but output_text_policy is "
+                     "'uniform'. Leave it out, or use an image policy: attention, dart",
+                     id="text policy of a dense decoder"),
+        pytest.param("trained", {"policy": "none", "output_text_keep_rate": 0.5}, ValueError,
+                     r"makes a dense decoder, .* but output_text_keep_rate is 0\.5\. Leave",
+                     id="text rate of a dense decoder"),
         pytest.param("trained", {"policy": "best"}, ValueError,
-                     "policy must be one of predictor, random, uniform, norm, none, got 'best'",
+                     "policy must be one of attention, .*, uniform, none, got 'best'",
                      id="unknown policy"),
     ],
 )  # fmt: skip

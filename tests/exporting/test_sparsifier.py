@@ -16,6 +16,7 @@ import pytest
 import torch
 from checkpoint_factory import HIDDEN, SPARSE_CONFIG, make_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dllava_export import names
 from dllava_export.bundles import layout
@@ -32,6 +33,8 @@ from dllava_export.exporting import tracing
 from dllava_export.exporting.exporter import export_checkpoint
 from dllava_export.exporting.options import SparsityOptions
 from dllava_export.exporting.sparsifier import sparsify_decoder
+from dllava_export.passes.policies.base import AttentionArrays, ImageArrays
+from dllava_export.passes.policies.registry import POLICIES
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, VOCAB = 2, 2, 16, 50
 CONFIG = {
@@ -269,8 +272,10 @@ def run_bundle(folder: Path, graph: str, num_dropped: int = 0) -> dict[str, np.n
 
 
 @torch.no_grad()
-def reference(num_dropped: int, sparse_layer: int = 1) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return kept rows and logits per sample, from transformers' layers, policy `norm`."""
+def reference(
+    num_dropped: int, sparse_layer: int = 1, policy: str = "norm"
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return kept rows and logits per sample, from transformers' layers."""
     model = llama().model
     head = llama().lm_head
     kept_rows, logits = [], []
@@ -279,10 +284,17 @@ def reference(num_dropped: int, sparse_layer: int = 1) -> tuple[list[np.ndarray]
         hidden = model.embed_tokens(torch.from_numpy(IDS[sample : sample + 1, :length]))
         rotary = model.rotary_emb(hidden, positions)
         for layer in model.layers[:sparse_layer]:
+            attention = attended(layer, hidden, rotary, TOKEN_KIND[sample, :length])
             hidden = layer(hidden, position_embeddings=rotary)
         image = np.flatnonzero(TOKEN_KIND[sample] == IMAGE)
-        norms = np.linalg.norm(hidden[0].numpy(), axis=-1)
-        dropped = image[np.argsort(norms[image])[:num_dropped]]
+        rows = ImageArrays(
+            hidden_states=hidden[0, image].numpy(),
+            position_ids=image,
+            num_kept=len(image) - num_dropped,
+            attention=attention,
+        )
+        scores = POLICIES.get(policy).reference(rows, None)
+        dropped = image[np.argsort(-scores, kind="stable")[len(image) - num_dropped :]]
         kept = np.setdiff1d(np.arange(length), dropped)
         hidden, positions = hidden[:, kept], positions[:, kept]
         rotary = model.rotary_emb(hidden, positions)
@@ -291,6 +303,28 @@ def reference(num_dropped: int, sparse_layer: int = 1) -> tuple[list[np.ndarray]
         kept_rows.append(kept)
         logits.append(head(model.norm(hidden))[0, -1].numpy())
     return kept_rows, np.stack(logits)
+
+
+def attended(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    kinds: np.ndarray,
+) -> AttentionArrays:
+    """Return what a layer attends with, from its own projections."""
+    normed = layer.input_layernorm(hidden)
+    attention = layer.self_attn
+    query, key = (
+        projection(normed).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, *rotary)
+    return AttentionArrays(
+        query=query[0].transpose(0, 1).numpy(),
+        key=key[0].transpose(0, 1).numpy(),
+        scale=attention.scaling,
+        token_kind=kinds,
+    )
 
 
 GRAPHS = [layout.DECODER, layout.RECOMPUTE]
@@ -312,11 +346,14 @@ def test_equals_the_foreign_decoder_where_all_is_kept(
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_keeps_the_rows_of_largest_norm(foreign: Foreign, graph: str, tmp_path: Path) -> None:
-    options = SparsityOptions(policy="norm", sparse_layer=1, image_keep_rate=0.5)
+@pytest.mark.parametrize("policy", ["norm", "attention", "key-diff"])
+def test_keeps_the_rows_of_the_reference(
+    foreign: Foreign, policy: str, graph: str, tmp_path: Path
+) -> None:
+    options = SparsityOptions(policy=policy, sparse_layer=1, image_keep_rate=0.5)
     sparsify_decoder(foreign.sparse, tmp_path / "half", options)
     found = run_bundle(tmp_path / "half", graph, num_dropped=3)
-    kept, logits = reference(num_dropped=3)
+    kept, logits = reference(3, policy=policy)
     for sample, rows in enumerate(kept):
         assert found[names.KEPT_INDICES][sample, : len(rows)].tolist() == rows.tolist()
     tolerance = TOLERANCES[foreign.precision]
@@ -781,7 +818,7 @@ def test_says_where_a_pass_stopped(decoder: Foreign, tmp_path: Path) -> None:
 
 
 def test_refuses_predictors_that_are_not_there(decoder: Foreign, tmp_path: Path) -> None:
-    message = "without an image predictor.*--predictors, or .*random, uniform, norm"
+    message = "without an image predictor.*--predictors, or .*attention, .*random, uniform"
     fails(UnsupportedModelError, message, decoder.path, tmp_path, SparsityOptions())
 
 

@@ -21,6 +21,8 @@ from dllava_export.passes.insert_image_selection import (
     find_image_selection,
 )
 from dllava_export.passes.insert_kv_cache import InsertKVCachePass
+from dllava_export.passes.policies.base import AttentionArrays, ImageArrays
+from dllava_export.passes.policies.registry import POLICIES
 
 LINEAR = """
     {y}_t = Transpose <perm = [1, 0]> ("image_predictor.{name}.weight")
@@ -91,12 +93,14 @@ PREDICTOR = (
     scores = ScatterElements <axis = 1> (no_scores, image_rows, log_prob_keep)
 """
 )
+# Nodes of the others stand with their own tests.
 SCORES = {
     "predictor": PREDICTOR,
     "random": HASH,
     "uniform": EVENLY_SPACED,
     "norm": helpers.NORM_SCORES,
 }
+BUILT_IN = [name for name in POLICIES.names() if POLICIES.find_built_in(name)]
 MORE_CONSTANTS = """, int64 factor = {48271}, int64 shift = {1103515245}, int64 offset = {12345},
     int64 prime = {2147483647}, float prime_float = {2147483647.0}, int64[0] scalar_shape = {}"""
 
@@ -122,30 +126,74 @@ def expected(policy: str, cache: bool) -> onnx.ModelProto:
 
 
 def image_scores(
-    policy: str, hidden: np.ndarray, positions: np.ndarray, kept: int
+    policy: str,
+    decoder: helpers.ReferenceDecoder,
+    hidden: np.ndarray,
+    positions: np.ndarray,
+    kinds: np.ndarray,
+    kept: int,
 ) -> np.ndarray:
-    """Return what a policy gives image rows [n, 8] at some positions, by NumPy or torch."""
+    """Return what a policy gives image rows, by NumPy or torch.
+
+    Args:
+        policy: Its name.
+        decoder: Which ran the layer before.
+        hidden: [rows, 8].
+        positions: [rows].
+        kinds: [rows].
+        kept: Image rows that stay.
+    """
+    image = np.flatnonzero(kinds == names.IMAGE)
+    hidden, positions = hidden[image].astype(np.float32), positions[image]
     if policy == "predictor":
-        x = torch.from_numpy(hidden.astype(np.float32))
-        return official_image_logits(x, helpers.predictor_weights())[:, 0].numpy()
+        weights = helpers.predictor_weights()
+        return official_image_logits(torch.from_numpy(hidden), weights)[:, 0].numpy()
     if policy == "random":
         return helpers.hashed(positions)
-    if policy == "uniform":
-        ranks = np.arange(len(hidden) + 1) * kept // len(hidden)
-        return np.diff(ranks)
-    return np.linalg.norm(hidden, axis=-1)
+    query, key = decoder.attended
+    attention = AttentionArrays(query=query, key=key, scale=0.5, token_kind=kinds)
+    rows = ImageArrays(
+        hidden_states=hidden, position_ids=positions, num_kept=kept, attention=attention
+    )
+    return POLICIES.get(policy).reference(rows, None)
 
 
-def reference_rows(
-    policy: str, hidden: np.ndarray, positions: np.ndarray, kinds: list[int], drop: int
-) -> list[int]:
-    image = np.flatnonzero(np.array(kinds) == names.IMAGE)
-    if not len(image):
-        return list(range(len(kinds)))
-    kept = len(image) - drop
-    scores = image_scores(policy, hidden[image], positions[image], kept)
-    best = image[np.argsort(-scores, kind="stable")[:kept]]
-    return sorted({*best.tolist(), *np.flatnonzero(np.array(kinds) != names.IMAGE).tolist()})
+def reference_run(
+    policy: str,
+    feeds: dict[str, np.ndarray],
+    sample: int,
+    sparse_layer: int,
+    drop: int,
+    renumber: bool = False,
+) -> tuple[list[int], np.ndarray]:
+    """Return kept rows and logits of one sample.
+
+    Args:
+        policy: Its name.
+        feeds: From `helpers.prompt`.
+        sample: Which one.
+        sparse_layer: Where rows go.
+        drop: How many image rows go.
+        renumber: Give the rows that stay the positions 0, 1, 2, ..., which is wrong.
+    """
+    kinds = feeds[names.TOKEN_KIND][sample]
+    kinds = kinds[kinds != names.PADDING]
+    is_image = kinds == names.IMAGE
+    decoder = helpers.ReferenceDecoder(3, renumbers=renumber)
+    chosen = list(range(len(kinds)))
+
+    def select(hidden: np.ndarray, positions: np.ndarray) -> list[int]:
+        if is_image.any():
+            kept = is_image.sum() - drop
+            scores = image_scores(policy, decoder, hidden, positions, kinds, kept)
+            best = np.flatnonzero(is_image)[np.argsort(-scores, kind="stable")[:kept]]
+            chosen[:] = sorted({*best.tolist(), *np.flatnonzero(~is_image).tolist()})
+        return chosen
+
+    rows = feeds[names.INPUTS_EMBEDS][sample, : len(kinds)]
+    positions = feeds[names.POSITION_IDS][sample, : len(kinds)]
+    logits = decoder.feed(rows, positions, sparse_layer, select)
+    return chosen, logits.astype(np.float32)
 
 
 @pytest.mark.parametrize("cache", [False, True], ids=["no cache", "cache"])
@@ -155,7 +203,7 @@ def test_selects_rows_before_the_sparse_layer(policy: str, cache: bool) -> None:
     helpers.assert_same_graph(after, expected(policy, cache))
 
 
-@pytest.mark.parametrize("policy", SCORES)
+@pytest.mark.parametrize("policy", BUILT_IN)
 def test_leaves_a_sparse_graph_alone(policy: str) -> None:
     model = helpers.apply(dense(cache=True), selection(policy))
     helpers.assert_changes_nothing(model, selection(policy))
@@ -167,9 +215,9 @@ def test_second_run_changes_nothing() -> None:
     assert selection("norm")(graph) is False
 
 
-@pytest.mark.parametrize("policy", ["none", "fastv"])
+@pytest.mark.parametrize("policy", ["none", "nowhere"])
 def test_refuses_unknown_policies(policy: str) -> None:
-    message = f"policy must be one of predictor, random, uniform, norm, got '{policy}'. "
+    message = f"policy must be one of {', '.join(BUILT_IN)}, got '{policy}'. "
     with pytest.raises(ValueError, match=re.escape(message)):
         InsertImageSelectionPass(policy, 1)
 
@@ -240,7 +288,7 @@ def test_reports_a_cache_at_the_full_index() -> None:
         Broken("norm", 1)(graph_from_model(dense(cache=True)))
 
 
-@pytest.mark.parametrize("policy", SCORES)
+@pytest.mark.parametrize("policy", BUILT_IN)
 def test_keeping_every_row_equals_the_dense_graph(policy: str) -> None:
     feeds = helpers.prompt([[1, 2, 2, 2, 1, 1], [2, 2, 2, 1]], drop=0)
     expected = helpers.run(dense(), feeds)
@@ -249,31 +297,21 @@ def test_keeping_every_row_equals_the_dense_graph(policy: str) -> None:
     assert actual[names.KEPT_INDICES].tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 5, 5]]
 
 
-@pytest.mark.parametrize("policy", SCORES)
+@pytest.mark.parametrize("policy", BUILT_IN)
 @pytest.mark.parametrize("sparse_layer", [1, 2])
 def test_equals_the_reference_with_fewer_rows(policy: str, sparse_layer: int) -> None:
-    kinds, drop = [[1, 2, 2, 2, 2, 2, 1, 1], [1, 1, 2, 2, 2, 2, 2], [1, 1, 1]], 3
+    kinds, drop = [[1, 2, 2, 2, 1, 2, 2, 1, 1], [1, 1, 2, 2, 2, 2, 2], [1, 1, 1]], 3
     feeds = helpers.prompt(kinds, drop)
     outputs = helpers.run(helpers.apply(dense(3), selection(policy, sparse_layer)), feeds)
-    for sample, row_kinds in enumerate(kinds):
-        chosen: list[int] = []
-
-        def select(
-            hidden: np.ndarray, positions: np.ndarray, k=row_kinds, c=chosen
-        ) -> list[int]:
-            c += reference_rows(policy, hidden, positions, k, drop)
-            return c
-
-        rows = feeds[names.INPUTS_EMBEDS][sample, : len(row_kinds)]
-        decoder = helpers.ReferenceDecoder(3)
-        logits = decoder.feed(rows, np.arange(len(rows)), sparse_layer, select)
+    for sample in range(len(kinds)):
+        chosen, logits = reference_run(policy, feeds, sample, sparse_layer, drop)
         kept = outputs[names.KEPT_INDICES][sample]
         assert kept[: len(chosen)].tolist() == chosen
         assert (kept[len(chosen) :] == feeds[names.TOKEN_KIND].shape[1] - 1).all()
-        helpers.assert_close(outputs[names.LOGITS][sample], logits.astype(np.float32))
+        helpers.assert_close(outputs[names.LOGITS][sample], logits)
 
 
-@pytest.mark.parametrize("policy", SCORES)
+@pytest.mark.parametrize("policy", BUILT_IN)
 @pytest.mark.parametrize("drop", [0, 1, 8, 12])
 def test_kept_rows_ascend_and_hold_all_text(policy: str, drop: int) -> None:
     kinds = [1, 1, *[2] * 13, 1, 3]
@@ -286,20 +324,21 @@ def test_kept_rows_ascend_and_hold_all_text(policy: str, drop: int) -> None:
 
 def test_lower_index_wins_ties() -> None:
     feeds = helpers.prompt([[1, 2, 2, 2, 2, 1]], drop=2)
-    feeds[names.INPUTS_EMBEDS][0, 1:5] = feeds[names.INPUTS_EMBEDS][0, 0]
-    feeds[names.POSITION_IDS][:] = 0  # makes all rows equal, and with them their norms
-    kept = helpers.run(helpers.apply(dense(), selection("norm")), feeds)[names.KEPT_INDICES]
-    assert kept.tolist() == [[0, 1, 2, 5]]
+    feeds[names.POSITION_IDS][:] = 0  # what `random` draws its numbers from
+    kept = helpers.run(helpers.apply(dense(), selection("random")), feeds)
+    assert kept[names.KEPT_INDICES].tolist() == [[0, 1, 2, 5]]
 
 
-def test_positions_are_not_renumbered() -> None:
-    feeds = helpers.prompt([[1, 2, 2, 2, 1]], drop=2)
-    shifted = feeds | {names.POSITION_IDS: feeds[names.POSITION_IDS] + 100}
-    model = helpers.apply(dense(), selection("norm"))
-    first, second = (helpers.run(model, f)[names.LOGITS] for f in (feeds, shifted))
-    np.testing.assert_allclose(
-        first, second, atol=tolerances.TORCH
-    )  # rotary tables at larger angles
+@pytest.mark.parametrize("policy", BUILT_IN)
+def test_positions_are_not_renumbered(policy: str) -> None:
+    feeds = helpers.prompt([[1, 2, 2, 2, 2, 2, 2, 1, 1]], drop=4)
+    model = helpers.apply(dense(3), selection(policy))
+    logits = helpers.run(model, feeds)[names.LOGITS][0]
+    rows, expected = reference_run(policy, feeds, 0, 1, drop=4)
+    assert rows != list(range(5))  # else renumbering would change nothing
+    helpers.assert_close(logits, expected)
+    _, renumbered = reference_run(policy, feeds, 0, 1, drop=4, renumber=True)
+    assert np.abs(logits - renumbered).max() > 100 * tolerances.TORCH
 
 
 def test_finds_what_it_inserted() -> None:

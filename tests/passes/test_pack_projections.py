@@ -179,6 +179,16 @@ def test_leaves_a_projection_alone_that_something_else_reads() -> None:
     helpers.assert_changes_nothing(read_twice, PackProjectionsPass())
 
 
+@pytest.mark.parametrize("rotated", ["query", "key"])
+def test_leaves_a_rotation_alone_that_a_policy_reads(rotated: str) -> None:
+    size = {"query": 16, "key": 8}[rotated]
+    outputs = OUTPUTS + f", float[batch, rows, {size}] z"
+    name = f"{rotated} rotation"
+    more = f" z = Relu ({PARTS[name].split(' =')[0]})"
+    read_twice = model(outputs, **{name: PARTS[name] + more})
+    helpers.assert_changes_nothing(read_twice, PackProjectionsPass())
+
+
 def test_second_run_changes_nothing() -> None:
     helpers.assert_changes_nothing(packed(), PackProjectionsPass())
 

@@ -74,6 +74,22 @@ def test_decode_leaves_earlier_rows_alone(bundles):
             assert np.array_equal(session.cache(layer)[0][:, :, : keys.shape[2]], keys)
 
 
+def test_generated_tokens_stand_behind_the_whole_prompt(bundles, monkeypatch):
+    """Not behind the rows that stayed: positions are never renumbered."""
+    fed, decode = [], OrtBackend.decode
+    monkeypatch.setattr(
+        OrtBackend,
+        "decode",
+        lambda self, inputs: fed.append(inputs.position_ids.tolist()) or decode(self, inputs),
+    )
+    session = bundles.fresh_session("mha", policy="dart", image_keep_tokens=9)
+    prefill = session.prefill([IMAGE_PROMPT, PROMPT], pixels(), max_new_tokens=8)
+    assert prefill.cache_lengths[-1].tolist() == [4 + 9, 10]
+    for token in random_tokens(3, batch=2):
+        session.decode(token)
+    assert fed == [[[40 + step], [10 + step]] for step in range(3)]
+
+
 def test_results_are_copies(bundles):
     session = bundles.session("mha")
     prefill = session.prefill([PROMPT], max_new_tokens=8)

@@ -331,7 +331,8 @@ def transformers_logits(case, num_steps):
         pytest.param({"policy": "predictor", **KEEPS_ALL}, id="predictor keeps all"),
         pytest.param({"policy": "random", **KEEPS_ALL}, id="random keeps all"),
         pytest.param({"policy": "uniform", **KEEPS_ALL}, id="uniform keeps all"),
-        pytest.param({"policy": "norm", **KEEPS_ALL}, id="norm keeps all"),
+        pytest.param({"policy": "dart", **KEEPS_ALL}, id="dart keeps all"),
+        pytest.param({"policy": "attention", **KEEPS_ALL}, id="attention keeps all"),
     ],
 )
 @pytest.mark.parametrize("name", ONE_CASE_EACH)
@@ -386,9 +387,14 @@ def test_a_dropped_token_is_missed_from_the_next_step_on(bundles):
         pytest.param({"policy": "uniform"}, id="uniform"),
         pytest.param({"policy": "random", "output_text_keep_rate": 0.2}, id="random 0.2"),
         pytest.param({"policy": "uniform", "output_text_keep_rate": 0.8}, id="uniform 0.8"),
-        pytest.param({"policy": "norm"}, id="norm"),
+        pytest.param({"policy": "attention"}, id="attention"),
+        pytest.param({"policy": "fastv"}, id="fastv"),
+        pytest.param({"policy": "key-diff"}, id="key-diff"),
         pytest.param(
-            {"policy": "norm", "output_text_policy": "uniform"}, id="norm and uniform"
+            {"policy": "dart", "output_text_policy": "uniform"}, id="dart and uniform"
+        ),
+        pytest.param(
+            {"policy": "attention", "output_text_policy": "random"}, id="attention and random"
         ),
         pytest.param({"policy": "random", "image_keep_tokens": 3}, id="three image tokens"),
     ],

@@ -24,6 +24,7 @@ KINDS = {
     "predictor": ("mha", {}),
     "grouped heads": ("gqa", {}),
     "uniform": ("mha", {"policy": "uniform", "output_text_keep_rate": 0.5}),
+    "attention": ("gqa", {"policy": "attention"}),
     "dense": ("mha", {"policy": "none"}),
 }
 

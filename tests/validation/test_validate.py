@@ -15,6 +15,7 @@ from planted import (
 
 from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError, BundleError, InvalidInputError
+from dllava_export.passes.policies.registry import POLICIES, untrained_policy_names
 from dllava_export.validation.settings import ValidationSettings
 from dllava_export.validation.validate import validate_bundle
 
@@ -65,18 +66,27 @@ def test_shared_key_heads_match_torch(bundles):
     assert verdicts(report, "layers.4/key", "prefill") == {"match"}
 
 
-@pytest.mark.parametrize("policy", ["random", "uniform", "norm"])
-def test_policies_without_weights_match_torch(bundles, policy):
-    rate = 1.0 if policy == "norm" else 0.4
-    path = bundles.path("mha", policy=policy, output_text_keep_rate=rate)
-    report = run(path, num_steps=12)
+@pytest.mark.parametrize("checkpoint", ["mha", "gqa"])
+@pytest.mark.parametrize("policy", untrained_policy_names())
+def test_policies_without_weights_match_torch(bundles, policy, checkpoint):
+    decides = POLICIES.get(policy).decides_text
+    rate = 0.4 if decides else 1.0
+    path = bundles.path(checkpoint, policy=policy, output_text_keep_rate=rate)
+    report = run(path, num_steps=12, checkpoint=str(DATA / checkpoint), layers=True)
     assert report.first_mismatch is None
-    assert verdicts(report, "keep") == (set() if policy == "norm" else {"match"})
+    assert verdicts(report, "image_scores") == verdicts(report, "kept_indices") == {"match"}
+    assert verdicts(report, "keep") == ({"match"} if decides else set())
+
+
+@pytest.mark.parametrize("policy", untrained_policy_names())
+def test_policies_without_weights_match_torch_in_half_precision(bundles, policy):
+    path = bundles.path("mha", "fp16", policy=policy, output_text_keep_rate=1.0)
+    assert run(path).first_mismatch is None
 
 
 @pytest.mark.parametrize(
     ("policy", "text_policy"),
-    [("norm", "uniform"), ("uniform", "predictor"), ("predictor", "random")],
+    [("dart", "uniform"), ("attention", "predictor"), ("predictor", "random")],
 )
 def test_text_may_have_a_policy_of_its_own(bundles, policy, text_policy):
     path = bundles.path("mha", policy=policy, output_text_policy=text_policy)

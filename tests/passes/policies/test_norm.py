@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import helpers
-import numpy as np
-from policy_graphs import image_rows, image_scores, reference_scores
+from policy_graphs import (
+    ScoreGraph,
+    image_feeds,
+    image_rows,
+    image_scores,
+    reference_scores,
+)
 
-from dllava_export.passes.policies.base import ImageArrays
 from dllava_export.passes.policies.norm import NormPolicy
 
 NORM = NormPolicy()
@@ -17,10 +21,12 @@ def test_scores_equal_the_reference() -> None:
         helpers.assert_close(scores[sample, rows], expected[sample])
 
 
-def test_scores_are_lengths() -> None:
-    hidden = np.array([[3, 4], [0, 0], [6, 8]], np.float32)
-    rows = ImageArrays(hidden_states=hidden, position_ids=np.arange(3), num_kept=1)
-    assert NORM.reference(rows, None).tolist() == [5, 0, 10]
+def test_the_shortest_hidden_states_score_highest() -> None:
+    feeds = image_feeds([[2, 2, 2]])
+    feeds["hidden_states"][:] = 0
+    feeds["hidden_states"][0, :, :2] = [[3, 4], [0, 0], [6, 8]]
+    assert ScoreGraph(NORM)(feeds).tolist() == [[-5, 0, -10]]
+    assert reference_scores(NORM, [[2, 2, 2]], feeds=feeds)[0].tolist() == [-5, 0, -10]
 
 
 def test_keeps_all_generated_tokens() -> None:

@@ -3,7 +3,14 @@ from __future__ import annotations
 import helpers
 import numpy as np
 import pytest
-from policy_graphs import image_rows, image_scores, reference_decision, reference_scores
+from policy_graphs import (
+    ScoreGraph,
+    image_feeds,
+    image_rows,
+    image_scores,
+    reference_decision,
+    reference_scores,
+)
 from policy_graphs import text_decision as decide
 
 from dllava_export.passes.policies.random_hash import RandomPolicy
@@ -24,7 +31,7 @@ def test_scores_equal_the_reference() -> None:
 
 def test_scores_do_not_depend_on_what_is_there() -> None:
     first = image_scores(RANDOM, [[1, 2, 2, 1]])
-    second = image_scores(RANDOM, [[2, 2, 2, 2]], hidden=helpers.embeddings(1, 4, seed=99))
+    second = ScoreGraph(RANDOM)(image_feeds([[2, 2, 2, 2]], seed=99))
     assert (first == second).all()
 
 

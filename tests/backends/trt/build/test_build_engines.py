@@ -18,6 +18,7 @@ from dllava_export.backends.trt.engine_config import (
 )
 from dllava_export.bundles.manifest import read_manifest, write_manifest
 from dllava_export.errors import BackendError, BundleError, EngineBuildError
+from dllava_export.passes.policies.registry import POLICIES
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +103,16 @@ def test_decoder_has_a_profile_for_prefill_and_one_for_decode(built):
     assert decode["inputs_embeds"].max == (2, 1, 64)
     for name in ("num_kept", "num_image_rows"):
         assert prefill[name].is_values
+
+
+@pytest.mark.parametrize("policy", POLICIES.names())
+def test_every_policy_builds_in_half_precision(bundles, tmp_path, policy):
+    pytest.importorskip("tensorrt_rtx", reason="engines are built with TensorRT-RTX")
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles.path("gqa", "fp16", policy=policy), folder)
+    report = build_engines(folder, BuildOptions(BACKEND, compute_capabilities=("8.9",)))
+    assert files(folder)[1:] == ["decoder.engine", "recompute.engine", "visual.engine"]
+    assert report.config.not_built == {}
 
 
 def test_engines_leave_the_bundle_whole(built):
