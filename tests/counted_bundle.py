@@ -122,7 +122,7 @@ def make_counted_bundle(folder: Path, **changes: object) -> Manifest:
         "chat_template": None,
         "eos_token_ids": (2,),
         "tensors": {},
-        "passes": {},
+        "passes": {"model.onnx": []},
         "producer": {},
         "source": "nothing",
     }
