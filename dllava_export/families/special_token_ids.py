@@ -10,7 +10,7 @@ from dllava_export.errors import BundleError
 from dllava_export.families.config_file import read_json
 from dllava_export.families.config_kinds import GENERATION_KINDS, Kinds
 
-__all__ = ["StatedIds", "contradictions", "end_ids", "stated_ids"]
+__all__ = ["StatedIds", "contradictions", "end_ids", "stated_ids", "tokenizer_ids"]
 
 StatedIds = Mapping[str, Mapping[str, tuple[int, ...]]]
 """`bos`, `eos` or `pad` → file → ids."""
@@ -52,6 +52,32 @@ def stated_ids(folder: Path) -> StatedIds:
         }
         stated[role] = {file: ids for file, ids in found.items() if ids}
     return stated
+
+
+def tokenizer_ids(folder: Path) -> Mapping[str, int]:
+    """Return `bos`, `eos`, `pad` and `unk` → id, of a tokenizer that is a `tokenizer.json`.
+
+    They are what transformers makes of the folder, without its seconds of being imported. A
+    token that is not in the vocabulary has no id: no prompt can hold it.
+
+    Args:
+        folder: Of a checkpoint, or of a bundle's decoder.
+
+    Raises:
+        BundleError: If a file is no JSON object.
+    """
+    config = _read(folder / "tokenizer_config.json")
+    is_older = "added_tokens_decoder" not in config
+    named = {**config, **(_read(folder / "special_tokens_map.json") if is_older else {})}
+    known = _ids_by_token(_read(folder / "tokenizer.json"), config)
+    found = {}
+    for role in (*_ROLES, "unk"):
+        token = named.get(f"{role}_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str) and type(known.get(token)) is int:
+            found[role] = known[token]
+    return found
 
 
 def end_ids(stated: StatedIds) -> tuple[int, ...]:

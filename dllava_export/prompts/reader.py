@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,6 +16,7 @@ from dllava_export.errors import BundleError, CapacityError, InvalidInputError
 from dllava_export.families.config_file import read_json
 from dllava_export.families.config_kinds import PREPROCESSOR_KINDS
 from dllava_export.families.registry import positions_of
+from dllava_export.families.special_token_ids import tokenizer_ids
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.image_values import checked_values
 from dllava_export.prompts.placeholders import check_prompt, normalise_placeholders
@@ -134,12 +135,12 @@ class PromptReader:
     def _dtype(self) -> np.dtype:
         return self.manifest.precision.activations.numpy
 
-    @property
+    @functools.cached_property
     def pad_token_ids(self) -> frozenset[int]:
         """Ids that fill up shorter prompts of a batch; empty where nothing is known of them."""
         if self.manifest.chat_template is not None:
             # Not the configuration's too: the tokenizer may give that id to a word.
-            found = {self.tokenizer.pad_token_id}
+            found = {self._special_ids.get("pad")}
         else:
             text_config = self._config.get("text_config", {})
             found = {self._config.get("pad_token_id"), text_config.get("pad_token_id")}
@@ -150,12 +151,20 @@ class PromptReader:
         path = self._folder / layout.LLM_FOLDER / "config.json"
         return read_json(path, "a bundle", BundleError) if path.is_file() else {}
 
-    @property
+    @functools.cached_property
+    def _special_ids(self) -> Mapping[str, int]:
+        """What the tokenizer's files say; the tokenizer itself takes a second to import."""
+        folder = self._folder / layout.LLM_FOLDER
+        if (folder / "tokenizer.json").is_file():
+            return tokenizer_ids(folder)
+        return self.tokenizer.special_ids
+
+    @functools.cached_property
     def _padding_is_a_token_too(self) -> bool:
         """Whether a pad id also begins or ends a text, or stands for an unknown word."""
         others = {*self.manifest.eos_token_ids, self._config.get("bos_token_id")}
         if self.manifest.chat_template is not None:
-            others.update(self.tokenizer.text_special_ids)
+            others.update(self._special_ids.get(role) for role in ("bos", "eos", "unk"))
         return bool(self.pad_token_ids & others)
 
     def normalised(

@@ -143,18 +143,13 @@ class ChatTokenizer:
         return self._eos_token_ids
 
     @property
-    def pad_token_id(self) -> int | None:
-        """The id that fills up shorter prompts of a batch; None where there is none."""
-        return self._tokenizer.pad_token_id
-
-    @property
-    def text_special_ids(self) -> frozenset[int]:
-        """Ids that begin or end a text, or stand for an unknown word."""
-        tokenizer = self._tokenizer
-        found = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-        return frozenset(
-            token for token in (*found, *self._eos_token_ids) if token is not None
-        )
+    def special_ids(self) -> dict[str, int]:
+        """`bos`, `eos`, `pad` and `unk` → id, of those that there are."""
+        found = {
+            role: getattr(self._tokenizer, f"{role}_token_id")
+            for role in ("bos", "eos", "pad", "unk")
+        }
+        return {role: token for role, token in found.items() if token is not None}
 
     def render(
         self,

@@ -132,9 +132,10 @@ def test_sparsifies_and_evaluates(cli, bundles, tmp_path: Path) -> None:
     out, questions = tmp_path / "out", tmp_path / "questions.json"
     cli("sparsify", bundles.path("mha"), out, "--policy", "centre", "--image-keep-tokens", 4)
     turns = [{"from": "human", "value": "<image>\nw5"}, {"from": "gpt", "value": "w6"}]
-    record = {"id": "a", "image": str(CAT), "conversations": turns}
+    record = {"id": "a", "image": CAT.name, "conversations": turns}
     questions.write_text(json.dumps([record, {**record, "id": "b"}]))
-    text = cli("evaluate", out, questions, "--batch-size", 2, "--max-new-tokens", 2)
+    options = ["--image-folder", CAT.parent, "--batch-size", 2, "--max-new-tokens", 2]
+    text = cli("evaluate", out, questions, *options)
     assert re.search(r"^out +centre +4\.0 +100\.0 %", text, re.MULTILINE)
 
 

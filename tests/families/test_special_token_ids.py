@@ -3,10 +3,18 @@ from __future__ import annotations
 import json
 
 import pytest
+from word_tokenizer import save_tokenizer
 
 from dllava_export.errors import BundleError
-from dllava_export.families.special_token_ids import contradictions, end_ids, stated_ids
+from dllava_export.families.special_token_ids import (
+    contradictions,
+    end_ids,
+    stated_ids,
+    tokenizer_ids,
+)
+from dllava_export.prompts.tokenizer import ChatTokenizer
 
+DECODER = {"0": {"content": "<unk>", "special": True}}
 ADDED = [{"id": 2, "content": "</s>"}, {"id": 9, "content": "<|eot|>"}]
 
 
@@ -83,3 +91,24 @@ def test_odd_files(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(BundleError, match=r"config\.json holds a JSON list"):
         stated_ids(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({}, id="nothing said"),
+        pytest.param({"pad_token": "<unk>", "unk_token": "<unk>"}, id="unknown as padding"),
+        pytest.param({"pad_token": {"__type": "AddedToken", "content": "w7"}}, id="a word"),
+        pytest.param({"pad_token": "<unk>", "added_tokens_decoder": DECODER}, id="decoder"),
+        pytest.param({"pad_token": "</s>", "eos_token": "</s>", "bos_token": "<s>"}, id="end"),
+        pytest.param({"pad_token": None}, id="null"),
+        pytest.param({"bos_token": "<s>", "add_bos_token": True}, id="start"),
+    ],
+)
+@pytest.mark.parametrize("special", [{}, {"pad_token": "w5", "eos_token": "</s>"}], ids=len)
+def test_a_tokenizer_s_ids_are_those_of_transformers(tmp_path, config, special):
+    save_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    chat = ChatTokenizer.from_folder(tmp_path, template="vicuna_v1", image_token_id=-200)
+    assert tokenizer_ids(tmp_path) == chat.special_ids
