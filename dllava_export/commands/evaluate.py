@@ -15,12 +15,25 @@ from dllava_export.commands.options import (
     check_folder,
     given_backend_options,
 )
+from dllava_export.evaluation.metrics.table import METRICS
 
 if TYPE_CHECKING:
     from dllava_export.evaluation.report import WhichAnswers
 
 
 __all__ = ["evaluate"]
+
+
+class _MetricOption(click.Option):
+    """An option in whose help `{metrics}` stands for all metrics and what is right."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return names and help text."""
+        record = super().get_help_record(ctx)
+        if record is None:
+            return None
+        metrics = "; ".join(f"{metric.name}: {metric.help}" for metric in METRICS)
+        return record[0], record[1].replace("{metrics}", metrics)
 
 
 @click.command(
@@ -34,6 +47,19 @@ __all__ = ["evaluate"]
     "--image-folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="What names of images in DATA start from.  [default: DATA's folder]",
+)
+@click.option(
+    "--answers",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file with the answers, by question_id.  [default: they stand in DATA]",
+)
+@click.option(
+    "--metric",
+    cls=_MetricOption,
+    type=click.Choice([metric.name for metric in METRICS]),
+    help="How answers are judged. {metrics}.  [default: multiple-choice where all questions "
+    "have options, pope where all truths are yes or no, vqa where ten people answered each, "
+    "else exact]",
 )
 @allow_outside
 @click.option(
@@ -84,6 +110,7 @@ def evaluate(
     bundles: tuple[Path, ...],
     data: Path,
     image_folder: Path | None,
+    answers: Path | None,
     backend: str,
     show_answers: WhichAnswers | None,
     json_file: Path | None,
@@ -92,8 +119,8 @@ def evaluate(
 ) -> None:
     """Ask BUNDLES the questions in DATA: accuracy, tokens kept, KV bytes and time.
 
-    DATA is LLaVA's JSON of conversations about images, or a question file whose records have an
-    answer. An answer is right if it is the truth, letter case and white space aside.
+    DATA is LLaVA's JSON of conversations about images, or a question file of LLaVA or lmms-eval,
+    JSON or JSONL. Accuracies have 95 % confidence intervals.
     """
     from dllava_export import api
     from dllava_export.reporting.output_files import write_text
@@ -102,6 +129,7 @@ def evaluate(
         bundles,
         data,
         image_folder=image_folder,
+        answers=answers,
         backend=backend,
         backend_options=given_backend_options(),
         progress=obj["progress"],

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from dllava_export.errors import SettingError
+from dllava_export.evaluation.metrics.table import metric_by_name
 from dllava_export.runtime.generation import MODES
 
 __all__ = ["EvaluationSettings", "OnBadRecord"]
@@ -23,6 +24,8 @@ class EvaluationSettings:
         max_new_tokens: Tokens of an answer at most; None for 16 more than the longest truth.
         mode: `cache`, or `recompute` for a pass without KV cache per token.
         limit: Ask only the first so many usable questions; None for all.
+        metric: How answers are judged, a name in `METRICS`; None for the first that suits all
+            questions of the file.
         on_bad_record: `stop` at the first bad record, or `skip` them.
         allow_outside: Take images that lie outside the image folder.
     """
@@ -31,6 +34,7 @@ class EvaluationSettings:
     max_new_tokens: int | None = None
     mode: str = "cache"
     limit: int | None = None
+    metric: str | None = None
     on_bad_record: OnBadRecord = "stop"
     allow_outside: bool = False
 
@@ -41,6 +45,8 @@ class EvaluationSettings:
                 raise SettingError(f"{name} must be at least 1, got {value}.")
         if self.mode not in MODES:
             raise SettingError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        if self.metric is not None:
+            metric_by_name(self.metric)
         if self.on_bad_record not in ("stop", "skip"):
             raise SettingError(
                 f"on_bad_record must be stop or skip, got {self.on_bad_record!r}."
