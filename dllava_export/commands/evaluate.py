@@ -15,13 +15,22 @@ from dllava_export.commands.options import (
     check_folder,
     given_backend_options,
 )
+from dllava_export.commands.registry_choice import RegistryChoice
 from dllava_export.evaluation.metrics.table import METRICS
+from dllava_export.passes.policies.registry import POLICIES
 
 if TYPE_CHECKING:
     from dllava_export.evaluation.report import WhichAnswers
 
 
 __all__ = ["evaluate"]
+
+
+def _numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(",") if value)
+    except ValueError as error:
+        raise click.BadParameter(f"expected numbers like 32,64,115; got {value!r}") from error
 
 
 class _MetricOption(click.Option):
@@ -83,6 +92,22 @@ class _MetricOption(click.Option):
     default="cache",
     help="With KV cache, or one pass over everything per token.",
 )
+@click.option(
+    "--image-keep-tokens",
+    metavar="NUMBER,...",
+    default="",
+    show_default=False,
+    callback=_numbers,
+    help="Sweep: ask each of BUNDLES sparsified to each number of image tokens, 32,64,115 for "
+    "example, and its dense decoder.",
+)
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    type=RegistryChoice("policy", POLICIES.names),
+    help="Policy of the sweep; may be given several times.  [default: that of each bundle]",
+)
 @backend_options
 @click.option(
     "--show-answers",
@@ -103,6 +128,12 @@ class _MetricOption(click.Option):
     callback=check_folder,
     help="Write the tables to this file too.",
 )
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=check_folder,
+    help="Draw the sweep: accuracy against tokens kept and against time (.png, .svg, .pdf).",
+)
 @click.pass_obj
 def evaluate(
     obj: dict[str, Any],
@@ -115,6 +146,7 @@ def evaluate(
     show_answers: WhichAnswers | None,
     json_file: Path | None,
     markdown_file: Path | None,
+    plot: Path | None,
     **settings: Any,
 ) -> None:
     """Ask BUNDLES the questions in DATA: accuracy, tokens kept, KV bytes and time.
@@ -123,8 +155,16 @@ def evaluate(
     JSON or JSONL. Accuracies have 95 % confidence intervals.
     """
     from dllava_export import api
-    from dllava_export.reporting.output_files import write_text
+    from dllava_export.evaluation.sweep_plot import plot_sweep
+    from dllava_export.reporting.output_files import check_plot_format, write_text
 
+    if not settings["image_keep_tokens"] and (plot is not None or settings["policies"]):
+        raise click.UsageError(
+            "--policy and --plot are for a sweep; give --image-keep-tokens, 32,64,115 for "
+            "example."
+        )
+    if plot is not None:
+        check_plot_format(plot)
     report = api.evaluate(
         bundles,
         data,
@@ -144,3 +184,6 @@ def evaluate(
     if markdown_file is not None:
         write_text(markdown_file, report.to_markdown())
         click.echo(f"Wrote {markdown_file}")
+    if plot is not None:
+        plot_sweep(report, plot)
+        click.echo(f"Drew {plot}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -26,6 +27,7 @@ from dllava_export.evaluation.questions import (
 )
 from dllava_export.evaluation.report import Answer, BundleResult, EvaluationReport, KVUse
 from dllava_export.evaluation.settings import EvaluationSettings
+from dllava_export.evaluation.sweep import Variant, check_sweep, sweep_variants
 from dllava_export.families.config_file import read_json
 from dllava_export.families.config_kinds import PREPROCESSOR_KINDS
 from dllava_export.prompts.image_sources import read_image
@@ -58,7 +60,8 @@ def evaluate_bundles(
 ) -> EvaluationReport:
     """Ask bundles the same questions, one bundle after the other, greedily.
 
-    Every question is checked against every bundle first, so that all answer the same ones.
+    Every question is checked against every bundle first, so that all answer the same ones. In
+    a sweep, a bundle stands for those that are made from it.
 
     Args:
         folders: The bundles.
@@ -86,6 +89,12 @@ def evaluate_bundles(
     if not paths:
         raise EvaluationError("There is no bundle to evaluate; expected at least one.")
     readers = [_Reader.open(path) for path in paths]
+    entrants = [
+        Variant(name, reader.path, reader.path, reader.manifest)
+        for reader, name in zip(readers, _names(paths), strict=True)
+    ]
+    if settings.image_keep_tokens:
+        check_sweep(entrants, settings, backend)
     skipped: list[str] = []
     questions = list(
         itertools.islice(
@@ -100,17 +109,28 @@ def evaluate_bundles(
         raise EvaluationError(
             f"{data} has no question that can be asked, expected at least one{reason}."
         )
+    if settings.image_keep_tokens and all(question.image is None for question in questions):
+        raise EvaluationError(
+            f"{data} has no question about an image, expected one where numbers of image tokens "
+            "are compared. Evaluate without --image-keep-tokens."
+        )
     settings = _with_max_new_tokens(settings, readers, questions)
     metric = suitable_metric(q.expected for q in questions)
     if settings.metric is not None:
         metric = metric_by_name(settings.metric)
     settings = dataclasses.replace(settings, metric=metric.name)
     results = []
-    with tqdm(total=len(paths) * len(questions), disable=not progress, leave=False) as bar:
-        for reader, name in zip(readers, _names(paths), strict=True):
-            bar.set_description(name)
-            opener = functools.partial(load, reader.path, backend, verify=False, **options)
-            results.append(_ask_all(reader, name, questions, settings, opener, bar.update))
+    with contextlib.ExitStack() as stack:
+        if settings.image_keep_tokens:
+            entrants = stack.enter_context(
+                sweep_variants(entrants, settings, progress=progress)
+            )
+        total = len(entrants) * len(questions)
+        bar = stack.enter_context(tqdm(total=total, disable=not progress, leave=False))
+        for entrant in entrants:
+            bar.set_description(entrant.name)
+            opener = functools.partial(load, entrant.folder, backend, verify=False, **options)
+            results.append(_ask_all(entrant, questions, settings, opener, bar.update))
     return EvaluationReport(data, settings, tuple(results), tuple(skipped))
 
 
@@ -259,8 +279,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _ask_all(
-    reader: _Reader,
-    name: str,
+    entrant: Variant,
     questions: Sequence[Question],
     settings: EvaluationSettings,
     open_session: Callable[[], Session],
@@ -278,9 +297,9 @@ def _ask_all(
         answers.update(zip(batch, found, strict=True))
         on_answers(len(batch))
     seconds = (time.perf_counter() - start) / len(questions)
-    policy = reader.manifest.sparsity.policy_text
+    policy = entrant.manifest.sparsity.policy_text
     in_order = tuple(answers[index] for index in range(len(questions)))
-    return BundleResult(name, reader.path, policy, in_order, seconds)
+    return BundleResult(entrant.name, entrant.source, policy, in_order, seconds)
 
 
 def _ask(

@@ -139,7 +139,7 @@ class BundleResult:
 
     Attributes:
         name: Its folder's name, or its path where two bundles have the same.
-        path: Its folder.
+        path: Its folder; in a sweep that of the bundle which it was made from.
         policy: What prunes, as `Sparsity.policy_text` has it; `none` for a dense decoder.
         answers: One for each question, in their order.
         seconds_per_question: Time of everything, from image file to text.
@@ -189,7 +189,8 @@ class EvaluationReport:
     def gain_over_random(self, result: BundleResult) -> float | None:
         """Return accuracy above that of policy `random`, in points; None without one.
 
-        Among several random bundles, one that keeps as many image tokens counts.
+        Among several random bundles, one that keeps as many image tokens counts, first of all
+        one made from the same bundle.
         """
         baseline = self._baseline_of(result)
         if baseline is None:
@@ -210,7 +211,9 @@ class EvaluationReport:
             return None
         kept = result.total.kept_image_tokens
         alike = [other for other in randoms if other.total.kept_image_tokens == kept]
-        return (alike or randoms)[0]
+        if not alike:
+            return randoms[0] if len(randoms) == 1 else None
+        return next((other for other in alike if other.path == result.path), alike[0])
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, each answer too, ready for JSON."""
@@ -302,10 +305,12 @@ class EvaluationReport:
         return text
 
     def _tables(self) -> Iterator[tuple[str, list[list[str]]]]:
+        if self.settings.image_keep_tokens:
+            yield "Sweep: right / asked, share, 95 % interval", self._sweep_table()
+            yield from self._details_tables()
+            return
         yield "Accuracy: right / asked, share, 95 % interval", self._accuracy_table()
-        details = self._details_table()
-        if len(details) > 1:
-            yield f"Metric {self.settings.metric}", details
+        yield from self._details_tables()
         yield "Cost", self._cost_table()
         if len(self.results[0].summaries) > 2:
             yield (
@@ -341,8 +346,27 @@ class EvaluationReport:
             for kind, answers in result.by_type.items()
         }
 
-    def _details_table(self) -> list[list[str]]:
-        """Return a row for each bundle and type; the heading alone where there is nothing."""
+    def _sweep_table(self) -> list[list[str]]:
+        """Return a row for each policy and number of tokens: accuracy beside what it costs."""
+        has_cache = self.settings.mode == "cache"
+        has_gain = any(result.policy == _BASELINE for result in self.results)
+        rows = [["", "image tokens kept", "accuracy", "s/question"]]
+        rows[0] += ["KV of dense"] if has_cache else []
+        rows[0] += ["gain over random"] if has_gain else []
+        for result in self.results:
+            total = result.total
+            row = [
+                result.name,
+                "-" if total.kept_image_tokens is None else f"{total.kept_image_tokens:.0f}",
+                _proportion(total.right),
+                f"{result.seconds_per_question:.3f}",
+            ]
+            row += [_percent(total.kv_share)] if has_cache else []
+            rows.append([*row, self._gain_text(result)] if has_gain else row)
+        return rows
+
+    def _details_tables(self) -> Iterator[tuple[str, list[list[str]]]]:
+        """Yield a table with a row for each bundle and type, if the metric has more to say."""
         rows: list[list[str]] = []
         heading = [""]
         for result in self.results:
@@ -350,7 +374,8 @@ class EvaluationReport:
                 if found:
                     heading = ["", *found]
                     rows.append([f"{result.name}, {kind}", *map(_detail_text, found.values())])
-        return [heading, *rows]
+        if rows:
+            yield f"Metric {self.settings.metric}", [heading, *rows]
 
     def _cost_table(self) -> list[list[str]]:
         rows = [["", "policy", "image tokens kept", "output text kept", "s/question"]]

@@ -231,7 +231,7 @@ def test_report_as_text():
         "\n"
         "Accuracy: right / asked, share, 95 % interval\n"
         + "\n".join(
-            f"{name:<16}  {first:>26}  {second:>23}"
+            f"{name:<16}  {first:>27}  {second:>23}"
             for name, first, second in (
                 ("", "b_predictor", "b_random"),
                 ("x", "2/2  100.0 % [34.2, 100.0]", "1/2  50.0 % [9.5, 90.5]"),
