@@ -281,6 +281,7 @@ def evaluate(
     data: StrPath,
     *,
     image_folder: StrPath | None = None,
+    answers: StrPath | None = None,
     backend: str = DEFAULT_BACKEND,
     backend_options: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -290,16 +291,18 @@ def evaluate(
 
     Args:
         bundles: The bundles.
-        data: LLaVA's JSON of conversations about images, or a question file whose records have
-            an answer.
+        data: LLaVA's JSON of conversations about images, or a question file of LLaVA or
+            lmms-eval, JSON or JSONL.
         image_folder: What names of images start from; the folder of `data` by default.
+        answers: A file with the answers, by `question_id`; by default they stand in `data`.
         backend: As `load` takes it.
         backend_options: The backend's own, as `load` takes them.
         progress: Show a progress bar on stderr.
         **settings: Fields of `EvaluationSettings`.
 
     Returns:
-        Accuracy by question type, tokens kept, KV bytes and time of each bundle.
+        Accuracy by question type with 95 % intervals, tokens kept, KV bytes and time of each
+        bundle.
 
     Raises:
         EvaluationError: If the file or a record of it cannot be used, or a bundle has no
@@ -318,6 +321,7 @@ def evaluate(
         data,
         chosen,
         image_folder=image_folder,
+        answers=answers,
         backend=backend,
         progress=progress,
         **(backend_options or {}),

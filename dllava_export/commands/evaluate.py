@@ -15,12 +15,34 @@ from dllava_export.commands.options import (
     check_folder,
     given_backend_options,
 )
+from dllava_export.commands.registry_choice import RegistryChoice
+from dllava_export.evaluation.metrics.table import METRICS
+from dllava_export.passes.policies.registry import POLICIES
 
 if TYPE_CHECKING:
     from dllava_export.evaluation.report import WhichAnswers
 
 
 __all__ = ["evaluate"]
+
+
+def _numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(",") if value)
+    except ValueError as error:
+        raise click.BadParameter(f"expected numbers like 32,64,115; got {value!r}") from error
+
+
+class _MetricOption(click.Option):
+    """An option in whose help `{metrics}` stands for all metrics and what is right."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return names and help text."""
+        record = super().get_help_record(ctx)
+        if record is None:
+            return None
+        metrics = "; ".join(f"{metric.name}: {metric.help}" for metric in METRICS)
+        return record[0], record[1].replace("{metrics}", metrics)
 
 
 @click.command(
@@ -34,6 +56,19 @@ __all__ = ["evaluate"]
     "--image-folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="What names of images in DATA start from.  [default: DATA's folder]",
+)
+@click.option(
+    "--answers",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file with the answers, by question_id.  [default: they stand in DATA]",
+)
+@click.option(
+    "--metric",
+    cls=_MetricOption,
+    type=click.Choice([metric.name for metric in METRICS]),
+    help="How answers are judged. {metrics}.  [default: multiple-choice where all questions "
+    "have options, pope where all truths are yes or no, vqa where ten people answered each, "
+    "else exact]",
 )
 @allow_outside
 @click.option(
@@ -57,6 +92,22 @@ __all__ = ["evaluate"]
     default="cache",
     help="With KV cache, or one pass over everything per token.",
 )
+@click.option(
+    "--image-keep-tokens",
+    metavar="NUMBER,...",
+    default="",
+    show_default=False,
+    callback=_numbers,
+    help="Sweep: ask each of BUNDLES sparsified to each number of image tokens, 32,64,115 for "
+    "example, and its dense decoder.",
+)
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    type=RegistryChoice("policy", POLICIES.names),
+    help="Policy of the sweep; may be given several times.  [default: that of each bundle]",
+)
 @backend_options
 @click.option(
     "--show-answers",
@@ -77,6 +128,12 @@ __all__ = ["evaluate"]
     callback=check_folder,
     help="Write the tables to this file too.",
 )
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=check_folder,
+    help="Draw the sweep: accuracy against tokens kept and against time (.png, .svg, .pdf).",
+)
 @click.pass_obj
 def evaluate(
     obj: dict[str, Any],
@@ -84,24 +141,35 @@ def evaluate(
     bundles: tuple[Path, ...],
     data: Path,
     image_folder: Path | None,
+    answers: Path | None,
     backend: str,
     show_answers: WhichAnswers | None,
     json_file: Path | None,
     markdown_file: Path | None,
+    plot: Path | None,
     **settings: Any,
 ) -> None:
     """Ask BUNDLES the questions in DATA: accuracy, tokens kept, KV bytes and time.
 
-    DATA is LLaVA's JSON of conversations about images, or a question file whose records have an
-    answer. An answer is right if it is the truth, letter case and white space aside.
+    DATA is LLaVA's JSON of conversations about images, or a question file of LLaVA or lmms-eval,
+    JSON or JSONL. Accuracies have 95 % confidence intervals.
     """
     from dllava_export import api
-    from dllava_export.reporting.output_files import write_text
+    from dllava_export.evaluation.sweep_plot import plot_sweep
+    from dllava_export.reporting.output_files import check_plot_format, write_text
 
+    if not settings["image_keep_tokens"] and (plot is not None or settings["policies"]):
+        raise click.UsageError(
+            "--policy and --plot are for a sweep; give --image-keep-tokens, 32,64,115 for "
+            "example."
+        )
+    if plot is not None:
+        check_plot_format(plot)
     report = api.evaluate(
         bundles,
         data,
         image_folder=image_folder,
+        answers=answers,
         backend=backend,
         backend_options=given_backend_options(),
         progress=obj["progress"],
@@ -116,3 +184,6 @@ def evaluate(
     if markdown_file is not None:
         write_text(markdown_file, report.to_markdown())
         click.echo(f"Wrote {markdown_file}")
+    if plot is not None:
+        plot_sweep(report, plot)
+        click.echo(f"Drew {plot}")

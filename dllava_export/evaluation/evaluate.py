@@ -1,10 +1,8 @@
-"""Ask bundles questions about images and compare their answers with the truth.
-
-An answer is right if it is the truth, letter case and white space aside.
-"""
+"""Ask bundles questions about images and compare their answers with the truth."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,6 +16,8 @@ from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import Manifest, read_manifest
 from dllava_export.errors import BundleError, InvalidInputError
+from dllava_export.evaluation.metrics.metric import Metric
+from dllava_export.evaluation.metrics.table import metric_by_name, suitable_metric
 from dllava_export.evaluation.questions import (
     REMEDY,
     EvaluationError,
@@ -27,6 +27,7 @@ from dllava_export.evaluation.questions import (
 )
 from dllava_export.evaluation.report import Answer, BundleResult, EvaluationReport, KVUse
 from dllava_export.evaluation.settings import EvaluationSettings
+from dllava_export.evaluation.sweep import Variant, check_sweep, sweep_variants
 from dllava_export.families.config_file import read_json
 from dllava_export.families.config_kinds import PREPROCESSOR_KINDS
 from dllava_export.prompts.image_sources import read_image
@@ -52,19 +53,22 @@ def evaluate_bundles(
     settings: EvaluationSettings | None = None,
     *,
     image_folder: str | Path | None = None,
+    answers: str | Path | None = None,
     backend: str = DEFAULT_BACKEND,
     progress: bool = False,
     **options: Any,
 ) -> EvaluationReport:
     """Ask bundles the same questions, one bundle after the other, greedily.
 
-    Every question is checked against every bundle first, so that all answer the same ones.
+    Every question is checked against every bundle first, so that all answer the same ones. In
+    a sweep, a bundle stands for those that are made from it.
 
     Args:
         folders: The bundles.
         data: The file with the questions.
         settings: How they are asked.
         image_folder: What names of images start from; the file's folder by default.
+        answers: A file with the answers, by `question_id`; by default they stand in `data`.
         backend: As `load` takes it.
         progress: Show a progress bar on stderr.
         **options: The backend's own, as `load` takes them.
@@ -85,10 +89,18 @@ def evaluate_bundles(
     if not paths:
         raise EvaluationError("There is no bundle to evaluate; expected at least one.")
     readers = [_Reader.open(path) for path in paths]
+    entrants = [
+        Variant(name, reader.path, reader.path, reader.manifest)
+        for reader, name in zip(readers, _names(paths), strict=True)
+    ]
+    if settings.image_keep_tokens:
+        check_sweep(entrants, settings, backend)
     skipped: list[str] = []
     questions = list(
         itertools.islice(
-            _usable_questions(data, image_folder, readers, settings, skipped, progress),
+            _usable_questions(
+                data, image_folder, answers, readers, settings, skipped, progress
+            ),
             settings.limit,
         )
     )
@@ -97,13 +109,28 @@ def evaluate_bundles(
         raise EvaluationError(
             f"{data} has no question that can be asked, expected at least one{reason}."
         )
+    if settings.image_keep_tokens and all(question.image is None for question in questions):
+        raise EvaluationError(
+            f"{data} has no question about an image, expected one where numbers of image tokens "
+            "are compared. Evaluate without --image-keep-tokens."
+        )
     settings = _with_max_new_tokens(settings, readers, questions)
+    metric = suitable_metric(q.expected for q in questions)
+    if settings.metric is not None:
+        metric = metric_by_name(settings.metric)
+    settings = dataclasses.replace(settings, metric=metric.name)
     results = []
-    with tqdm(total=len(paths) * len(questions), disable=not progress, leave=False) as bar:
-        for reader, name in zip(readers, _names(paths), strict=True):
-            bar.set_description(name)
-            opener = functools.partial(load, reader.path, backend, verify=False, **options)
-            results.append(_ask_all(reader, name, questions, settings, opener, bar.update))
+    with contextlib.ExitStack() as stack:
+        if settings.image_keep_tokens:
+            entrants = stack.enter_context(
+                sweep_variants(entrants, settings, progress=progress)
+            )
+        total = len(entrants) * len(questions)
+        bar = stack.enter_context(tqdm(total=total, disable=not progress, leave=False))
+        for entrant in entrants:
+            bar.set_description(entrant.name)
+            opener = functools.partial(load, entrant.folder, backend, verify=False, **options)
+            results.append(_ask_all(entrant, questions, settings, opener, bar.update))
     return EvaluationReport(data, settings, tuple(results), tuple(skipped))
 
 
@@ -165,13 +192,14 @@ class _Reader:
             )
 
     def num_answer_tokens(self, question: Question) -> int:
-        """Return the tokens of the truth, the end of the answer included."""
-        return len(self.tokenizer.encode(question.truth)) + 1
+        """Return the tokens of the longest truth, the end of the answer included."""
+        return max(len(self.tokenizer.encode(text)) for text in {*question.answers}) + 1
 
 
 def _usable_questions(
     data: Path,
     image_folder: str | Path | None,
+    answers: str | Path | None,
     readers: Sequence[_Reader],
     settings: EvaluationSettings,
     skipped: list[str],
@@ -180,6 +208,7 @@ def _usable_questions(
     """Yield questions that every bundle can be asked; `skipped` gets why others are not."""
     from tqdm import tqdm
 
+    metric = None if settings.metric is None else metric_by_name(settings.metric)
     is_strict = settings.on_bad_record == "stop"
     processors = {r.image_processor for r in readers if r.image_processor is not None}
     decoded: set[Path] = set()
@@ -187,11 +216,14 @@ def _usable_questions(
     found = read_questions(
         data,
         folder,
+        answers=None if answers is None else Path(answers),
         allow_outside=settings.allow_outside,
         skipped=None if is_strict else skipped,
     )
     for question in tqdm(found, "checking questions", disable=not progress, leave=False):
         try:
+            if metric is not None:
+                _check_truth(question, metric)
             for reader in readers:
                 reader.check(question)
             if question.image is not None and question.image not in decoded:
@@ -201,6 +233,14 @@ def _usable_questions(
             skip_or_raise(error, None if is_strict else skipped)
         else:
             yield question
+
+
+def _check_truth(question: Question, metric: Metric) -> None:
+    problem = metric.problem(question.expected)
+    if problem is not None:
+        raise EvaluationError(
+            f"{question.name} {problem}. Choose another --metric, or use --on-bad-record skip."
+        )
 
 
 def _check_image(question: Question, processors: set[ImageProcessor]) -> None:
@@ -239,8 +279,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _ask_all(
-    reader: _Reader,
-    name: str,
+    entrant: Variant,
     questions: Sequence[Question],
     settings: EvaluationSettings,
     open_session: Callable[[], Session],
@@ -258,15 +297,17 @@ def _ask_all(
         answers.update(zip(batch, found, strict=True))
         on_answers(len(batch))
     seconds = (time.perf_counter() - start) / len(questions)
-    policy = reader.manifest.sparsity.policy_text
+    policy = entrant.manifest.sparsity.policy_text
     in_order = tuple(answers[index] for index in range(len(questions)))
-    return BundleResult(name, reader.path, policy, in_order, seconds)
+    return BundleResult(entrant.name, entrant.source, policy, in_order, seconds)
 
 
 def _ask(
     session: Session, questions: Sequence[Question], settings: EvaluationSettings
 ) -> list[Answer]:
     assert settings.max_new_tokens is not None
+    assert settings.metric is not None
+    metric = metric_by_name(settings.metric)
     generations = session.generate(
         [question.text for question in questions],
         [question.image for question in questions],
@@ -277,7 +318,7 @@ def _ask(
     if settings.mode == "cache":
         uses = _kv_uses(session)
     return [
-        _answer(question, generation, use)
+        _answer(question, generation, use, metric)
         for question, generation, use in zip(questions, generations, uses, strict=True)
     ]
 
@@ -297,10 +338,13 @@ def _kv_uses(session: Session) -> list[KVUse]:
     ]
 
 
-def _answer(question: Question, generation: Generation, use: KVUse | None) -> Answer:
+def _answer(
+    question: Question, generation: Generation, use: KVUse | None, metric: Metric
+) -> Answer:
     return Answer(
         question=question,
         text=generation.text,
+        score=metric.score(generation.text, question.expected),
         num_tokens=len(generation.token_ids),
         num_kept_image_tokens=generation.num_kept_image_tokens,
         num_fed_tokens=generation.num_fed_tokens,

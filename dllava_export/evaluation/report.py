@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dllava_export.evaluation.metrics.metric import Detail
+from dllava_export.evaluation.metrics.table import metric_by_name
+from dllava_export.evaluation.proportions import Proportion, difference_interval
 from dllava_export.evaluation.questions import TOTAL, Question
 from dllava_export.reporting.tables import aligned_lines
 
@@ -21,7 +25,6 @@ __all__ = [
     "KVUse",
     "Summary",
     "WhichAnswers",
-    "normalised",
 ]
 
 WhichAnswers = Literal["all", "wrong"]
@@ -53,6 +56,7 @@ class Answer:
     Attributes:
         question: What was asked.
         text: The answer.
+        score: How right it is by the metric: 0 wrong, 1 right.
         num_tokens: Generated tokens.
         num_kept_image_tokens: Image tokens that go on from `sparse_layer`; 0 without an image.
         num_fed_tokens: Generated tokens that were fed back.
@@ -62,6 +66,7 @@ class Answer:
 
     question: Question
     text: str
+    score: float
     num_tokens: int
     num_kept_image_tokens: int
     num_fed_tokens: int
@@ -70,8 +75,8 @@ class Answer:
 
     @property
     def is_correct(self) -> bool:
-        """True where the answer is the truth, letter case and white space aside."""
-        return normalised(self.text) == normalised(self.question.truth)
+        """True where the answer is wholly right."""
+        return self.score == 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Summary:
 
     Attributes:
         num_questions: Questions asked.
-        num_correct: Right answers.
+        num_correct: Right answers; partly right ones by their score.
         kept_image_tokens: Mean over questions with an image.
         output_text_keep_rate: Share of all tokens fed back whose keys and values stay.
         kv_bytes: Mean bytes of KV cache at the end of an answer.
@@ -89,7 +94,7 @@ class Summary:
     """
 
     num_questions: int
-    num_correct: int
+    num_correct: float
     kept_image_tokens: float | None
     output_text_keep_rate: float | None
     kv_bytes: float | None
@@ -104,7 +109,7 @@ class Summary:
         num_bytes = sum(use.bytes for use in uses)
         return cls(
             num_questions=len(answers),
-            num_correct=sum(answer.is_correct for answer in answers),
+            num_correct=math.fsum(answer.score for answer in answers),
             kept_image_tokens=_ratio(sum(images), len(images)),
             output_text_keep_rate=_ratio(
                 sum(a.num_kept_tokens for a in answers), sum(a.num_fed_tokens for a in answers)
@@ -122,6 +127,11 @@ class Summary:
         """Share of right answers."""
         return self.num_correct / self.num_questions
 
+    @property
+    def right(self) -> Proportion:
+        """Right answers of all, with its confidence interval."""
+        return Proportion(self.num_correct, self.num_questions)
+
 
 @dataclasses.dataclass(frozen=True)
 class BundleResult:
@@ -129,7 +139,7 @@ class BundleResult:
 
     Attributes:
         name: Its folder's name, or its path where two bundles have the same.
-        path: Its folder.
+        path: Its folder; in a sweep that of the bundle which it was made from.
         policy: What prunes, as `Sparsity.policy_text` has it; `none` for a dense decoder.
         answers: One for each question, in their order.
         seconds_per_question: Time of everything, from image file to text.
@@ -144,11 +154,15 @@ class BundleResult:
     @property
     def summaries(self) -> dict[str, Summary]:
         """By question type in the order of the file, `total` last."""
+        return {name: Summary.from_answers(group) for name, group in self.by_type.items()}
+
+    @property
+    def by_type(self) -> dict[str, tuple[Answer, ...]]:
+        """Answers by question type in the order of the file, all of them as `total` last."""
         groups: dict[str, list[Answer]] = {}
         for answer in self.answers:
             groups.setdefault(answer.question.type, []).append(answer)
-        by_type = {name: Summary.from_answers(group) for name, group in groups.items()}
-        return {**by_type, TOTAL: self.total}
+        return {**{name: tuple(group) for name, group in groups.items()}, TOTAL: self.answers}
 
     @property
     def total(self) -> Summary:
@@ -175,14 +189,31 @@ class EvaluationReport:
     def gain_over_random(self, result: BundleResult) -> float | None:
         """Return accuracy above that of policy `random`, in points; None without one.
 
-        Among several random bundles, one that keeps as many image tokens counts.
+        Among several random bundles, one that keeps as many image tokens counts, first of all
+        one made from the same bundle.
         """
+        baseline = self._baseline_of(result)
+        if baseline is None:
+            return None
+        return 100 * (result.total.accuracy - baseline.total.accuracy)
+
+    def gain_interval(self, result: BundleResult) -> tuple[float, float] | None:
+        """Return the 95 % interval of `gain_over_random`, in points; None without one."""
+        baseline = self._baseline_of(result)
+        if baseline is None:
+            return None
+        found = difference_interval(result.total.right, baseline.total.right)
+        return None if found is None else (100 * found[0], 100 * found[1])
+
+    def _baseline_of(self, result: BundleResult) -> BundleResult | None:
         randoms = [other for other in self.results if other.policy == _BASELINE]
         if not randoms or result.policy == _BASELINE:
             return None
         kept = result.total.kept_image_tokens
         alike = [other for other in randoms if other.total.kept_image_tokens == kept]
-        return 100 * (result.total.accuracy - (alike or randoms)[0].total.accuracy)
+        if not alike:
+            return randoms[0] if len(randoms) == 1 else None
+        return next((other for other in alike if other.path == result.path), alike[0])
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, each answer too, ready for JSON."""
@@ -225,22 +256,26 @@ class EvaluationReport:
             lines.append(f"{'question':<{width}}  {question.text}")
             lines.append(f"{'truth':<{width}}  {question.truth}")
             for result, answer in zip(self.results, answers, strict=True):
-                verdict = "right" if answer.is_correct else "WRONG"
+                verdict = {0: "WRONG", 1: "right"}.get(answer.score, f"{answer.score:.2f}")
                 lines.append(f"{result.name:<{width}}  {answer.text}  [{verdict}]")
             lines.append("")
         return "\n".join(lines)
 
     def _result_json(self, result: BundleResult) -> dict[str, Any]:
         def summary(values: Summary) -> dict[str, Any]:
-            return {"accuracy": values.accuracy, **dataclasses.asdict(values)}
+            return {
+                "accuracy": values.accuracy,
+                "interval_95": values.right.interval,
+                **dataclasses.asdict(values),
+            }
 
         def answer(values: Answer) -> dict[str, Any]:
             fields = dataclasses.asdict(values)
             question = fields.pop("question")
             if question["image"] is not None:
                 question["image"] = str(question["image"])
-            return {**question, "answer": fields.pop("text"), "is_correct": values.is_correct,
-                    **fields}  # fmt: skip
+            return {**question, "truth": values.question.truth, "answer": fields.pop("text"),
+                    "is_correct": values.is_correct, **fields}  # fmt: skip
 
         return {
             "name": result.name,
@@ -248,6 +283,11 @@ class EvaluationReport:
             "policy": result.policy,
             "seconds_per_question": result.seconds_per_question,
             "gain_over_random": self.gain_over_random(result),
+            "gain_interval_95": self.gain_interval(result),
+            "details": {
+                kind: {name: _detail_json(value) for name, value in found.items()}
+                for kind, found in self._details(result).items()
+            },
             "summaries": {name: summary(s) for name, s in result.summaries.items()},
             "answers": [answer(values) for values in result.answers],
         }
@@ -257,15 +297,20 @@ class EvaluationReport:
         mode = "with KV cache" if settings.mode == "cache" else "without KV cache"
         count = _counted(len(self.results[0].answers), "question")
         text = (
-            f"{count} of {self.data.name}, greedy, {mode}, batch {settings.batch_size}, at most "
-            f"{settings.max_new_tokens} new tokens"
+            f"{count} of {self.data.name}, metric {settings.metric}, greedy, {mode}, batch "
+            f"{settings.batch_size}, at most {settings.max_new_tokens} new tokens"
         )
         if self.skipped:
             text += f"; {_counted(len(self.skipped), 'record')} skipped"
         return text
 
     def _tables(self) -> Iterator[tuple[str, list[list[str]]]]:
-        yield "Accuracy", self._accuracy_table()
+        if self.settings.image_keep_tokens:
+            yield "Sweep: right / asked, share, 95 % interval", self._sweep_table()
+            yield from self._details_tables()
+            return
+        yield "Accuracy: right / asked, share, 95 % interval", self._accuracy_table()
+        yield from self._details_tables()
         yield "Cost", self._cost_table()
         if len(self.results[0].summaries) > 2:
             yield (
@@ -277,18 +322,60 @@ class EvaluationReport:
             yield title, self._table_by_type("sparse_kv_share")
 
     def _accuracy_table(self) -> list[list[str]]:
-        summaries = self.results[0].summaries
-        header = ["", *(f"{name} ({s.num_questions})" for name, s in summaries.items())]
-        rows = [
-            [result.name, *(_percent(s.accuracy) for s in result.summaries.values())]
-            for result in self.results
-        ]
+        """Return a row for each question type: there are mostly fewer bundles than types."""
+        rows = [["", *(result.name for result in self.results)]]
+        for kind in self.results[0].summaries:
+            cells = [_proportion(result.summaries[kind].right) for result in self.results]
+            rows.append([kind, *cells])
         if any(result.policy == _BASELINE for result in self.results):
-            header.append("gain over random")
-            for row, result in zip(rows, self.results, strict=True):
-                gain = self.gain_over_random(result)
-                row.append("-" if gain is None else f"{gain:+.1f} points")
-        return [header, *rows]
+            rows.append(["gain over random", *map(self._gain_text, self.results)])
+        return rows
+
+    def _gain_text(self, result: BundleResult) -> str:
+        gain, interval = self.gain_over_random(result), self.gain_interval(result)
+        if gain is None or interval is None:
+            return "-"
+        return f"{gain:+.1f} points [{interval[0]:+.1f}, {interval[1]:+.1f}]"
+
+    def _details(self, result: BundleResult) -> dict[str, dict[str, Detail]]:
+        """Return what the metric has to say beyond accuracy, by question type."""
+        assert self.settings.metric is not None
+        metric = metric_by_name(self.settings.metric)
+        return {
+            kind: metric.details([(a.text, a.question.expected) for a in answers])
+            for kind, answers in result.by_type.items()
+        }
+
+    def _sweep_table(self) -> list[list[str]]:
+        """Return a row for each policy and number of tokens: accuracy beside what it costs."""
+        has_cache = self.settings.mode == "cache"
+        has_gain = any(result.policy == _BASELINE for result in self.results)
+        rows = [["", "image tokens kept", "accuracy", "s/question"]]
+        rows[0] += ["KV of dense"] if has_cache else []
+        rows[0] += ["gain over random"] if has_gain else []
+        for result in self.results:
+            total = result.total
+            row = [
+                result.name,
+                "-" if total.kept_image_tokens is None else f"{total.kept_image_tokens:.0f}",
+                _proportion(total.right),
+                f"{result.seconds_per_question:.3f}",
+            ]
+            row += [_percent(total.kv_share)] if has_cache else []
+            rows.append([*row, self._gain_text(result)] if has_gain else row)
+        return rows
+
+    def _details_tables(self) -> Iterator[tuple[str, list[list[str]]]]:
+        """Yield a table with a row for each bundle and type, if the metric has more to say."""
+        rows: list[list[str]] = []
+        heading = [""]
+        for result in self.results:
+            for kind, found in self._details(result).items():
+                if found:
+                    heading = ["", *found]
+                    rows.append([f"{result.name}, {kind}", *map(_detail_text, found.values())])
+        if rows:
+            yield f"Metric {self.settings.metric}", [heading, *rows]
 
     def _cost_table(self) -> list[list[str]]:
         rows = [["", "policy", "image tokens kept", "output text kept", "s/question"]]
@@ -324,17 +411,31 @@ class EvaluationReport:
         ]
 
 
-def normalised(text: str) -> str:
-    """Return a text with single spaces and without letter case."""
-    return " ".join(text.split()).casefold()
-
-
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _proportion(found: Proportion) -> str:
+    """Return `240/250  96.0 % [92.8, 97.8]`; partly right answers make a count of 240.33."""
+    count = f"{found.count:.2f}".rstrip("0").rstrip(".")
+    if found.interval is None:
+        return f"{count}/{found.total}  -"
+    low, high = (100 * end for end in found.interval)
+    return f"{count}/{found.total}  {_percent(found.share)} [{low:.1f}, {high:.1f}]"
+
+
+def _detail_text(value: Detail) -> str:
+    return _proportion(value) if isinstance(value, Proportion) else _percent(value)
+
+
+def _detail_json(value: Detail) -> Any:
+    if not isinstance(value, Proportion):
+        return value
+    return {"share": value.share, "interval_95": value.interval, **dataclasses.asdict(value)}
 
 
 def _counted(number: int, noun: str) -> str:

@@ -15,6 +15,7 @@ from dllava_export import cli
 from dllava_export.bundles import layout
 from dllava_export.errors import BackendError, BundleError
 from dllava_export.evaluation.evaluate import evaluate_bundles
+from dllava_export.evaluation.metrics.exact import Exact
 from dllava_export.evaluation.questions import EvaluationError, Question, read_questions
 from dllava_export.evaluation.report import (
     Answer,
@@ -22,7 +23,6 @@ from dllava_export.evaluation.report import (
     EvaluationReport,
     KVUse,
     Summary,
-    normalised,
 )
 from dllava_export.evaluation.settings import EvaluationSettings
 
@@ -72,19 +72,22 @@ def test_conversations(folder):
     )  # fmt: skip
     image = folder / "cat.png"
     assert list(read_questions(path)) == [
-        Question("questions.json, record 0 (id 'a')", "colours", "w5", "w6", image),
-        Question("questions.json, record 1 (id 'a')", "all", "w7", "w6", None),
-        Question("questions.json, record 2 (id 'a')", "sum", "w5", "w6", image),
+        Question("questions.json, record 0 (id 'a')", "colours", "w5", ("w6",), image),
+        Question("questions.json, record 1 (id 'a')", "all", "w7", ("w6",), None),
+        Question("questions.json, record 2 (id 'a')", "sum", "w5", ("w6",), image),
     ]
 
 
-@pytest.mark.parametrize("writer", [write, write_lines])
-def test_question_files(folder, writer):
+@pytest.mark.parametrize(
+    ("writer", "places"),
+    [(write, ("record 0", "record 1")), (write_lines, ("line 1", "line 2"))],
+)
+def test_question_files(folder, writer, places):
     path = writer(folder, line(question_type="yes/no"), line(image=None, text=" w5\n"))
     image = folder / "cat.png"
     assert list(read_questions(path)) == [
-        Question(f"{path.name}, record 0 (id 7)", "yes/no", "w5", "w6", image),
-        Question(f"{path.name}, record 1 (id 7)", "all", "w5", "w6", None),
+        Question(f"{path.name}, {places[0]} (id 7)", "yes/no", "w5", ("w6",), image),
+        Question(f"{path.name}, {places[1]} (id 7)", "all", "w5", ("w6",), None),
     ]
 
 
@@ -117,9 +120,11 @@ def test_images_lie_in_a_folder_of_their_own(folder):
                      "expected the answer as text", id="no answer"),
         pytest.param(line(answer=""), "has the answer '', expected the answer as text",
                      id="blank answer"),
-        pytest.param(line(answer=[5]), r"has the answer \[5\], expected the answer as text",
-                     id="answer is no text"),
-        pytest.param(line(text=None), "has no 'text', expected the question as text",
+        pytest.param(line(answer=[True]), r"has the answer '\[True\]', expected the answer as "
+                     "text, a number or a list of them", id="answer is no text"),
+        pytest.param(line(answer=[]), r"has the answer '\[\]', expected the answer as text",
+                     id="no answers"),
+        pytest.param(line(text=None), "has no text or question, expected the question as text",
                      id="no question"),
     ],
 )  # fmt: skip
@@ -135,7 +140,7 @@ def test_bad_records(folder, record, message):
 def test_a_bad_line_is_one_bad_record(folder):
     path = write_lines(folder, line(), line())
     path.write_text(path.read_text() + '{"text": "w5\n' + json.dumps(line()))
-    message = r"questions\.jsonl, record 2 cannot be read as JSON \(Unterminated string"
+    message = r"questions\.jsonl, line 3 cannot be read as JSON \(Unterminated string"
     with pytest.raises(EvaluationError, match=message):
         list(read_questions(path))
     skipped: list[str] = []
@@ -164,8 +169,9 @@ def test_files_that_cannot_be_read(tmp_path, content, message):
 
 
 def answer(text: str, truth: str = "a", question_type: str = "x", **values: object) -> Answer:
-    question = Question("q", question_type, "?", truth, Path("cat.png"))
-    counts = {"num_tokens": 3, "num_kept_image_tokens": 7, "num_fed_tokens": 2,
+    question = Question("q", question_type, "?", (truth,), Path("cat.png"))
+    counts = {"score": Exact().score(text, question.expected),
+              "num_tokens": 3, "num_kept_image_tokens": 7, "num_fed_tokens": 2,
               "num_kept_tokens": 1, "kv": KVUse(30, 40, 10, 20)}  # fmt: skip
     return Answer(question, text, **{**counts, **values})
 
@@ -181,10 +187,6 @@ def answer(text: str, truth: str = "a", question_type: str = "x", **values: obje
 )
 def test_answers_are_compared_without_case_and_space(text, truth, is_correct):
     assert answer(text, truth).is_correct is is_correct
-
-
-def test_normalised():
-    assert normalised("\tTwo  Words\n") == "two words"
 
 
 def test_summary():
@@ -218,19 +220,27 @@ def report(*policies: str, mode: str = "cache", right: dict[str, str] | None = N
             for bit, kind in zip(right[policy], ("x", "y", "x", "y"), strict=True)
         )  # fmt: skip
         results.append(BundleResult(f"b_{policy}", Path(policy), policy, answers, 0.125))
-    settings = EvaluationSettings(mode=mode, max_new_tokens=9)
+    settings = EvaluationSettings(mode=mode, max_new_tokens=9, metric="exact")
     return EvaluationReport(Path("in/q.json"), settings, tuple(results), ("bad",))
 
 
 def test_report_as_text():
     assert report("predictor", "random").to_text() == (
-        "4 questions of q.json, greedy, with KV cache, batch 8, at most 9 new tokens; 1 record "
-        "skipped\n"
+        "4 questions of q.json, metric exact, greedy, with KV cache, batch 8, at most 9 new "
+        "tokens; 1 record skipped\n"
         "\n"
-        "Accuracy\n"
-        "               x (2)   y (2)  total (4)  gain over random\n"
-        "b_predictor  100.0 %  50.0 %     75.0 %      +50.0 points\n"
-        "b_random      50.0 %   0.0 %     25.0 %                 -\n"
+        "Accuracy: right / asked, share, 95 % interval\n"
+        + "\n".join(
+            f"{name:<16}  {first:>27}  {second:>23}"
+            for name, first, second in (
+                ("", "b_predictor", "b_random"),
+                ("x", "2/2  100.0 % [34.2, 100.0]", "1/2  50.0 % [9.5, 90.5]"),
+                ("y", "1/2  50.0 % [9.5, 90.5]", "0/2  0.0 % [0.0, 65.8]"),
+                ("total", "3/4  75.0 % [30.1, 95.4]", "1/4  25.0 % [4.6, 69.9]"),
+                ("gain over random", "+50.0 points [-13.5, +78.9]", "-"),
+            )
+        )
+        + "\n"
         "\n"
         "Cost\n"
         "                policy  image tokens kept  output text kept  KV at the end  of dense  "
@@ -271,8 +281,9 @@ def test_report_as_markdown():
     text = report("predictor", "none").to_markdown()
     assert text.startswith("4 questions of q.json")
     assert (
-        "\n**Accuracy**\n\n|  | x (2) | y (2) | total (4) |\n| --- | ---: | ---: | ---: |\n"
-        "| b_predictor | 100.0 % | 50.0 % | 75.0 % |\n"
+        "\n**Accuracy: right / asked, share, 95 % interval**\n\n|  | b_predictor | b_none |\n"
+        "| --- | ---: | ---: |\n"
+        "| x | 2/2  100.0 % [34.2, 100.0] | 2/2  100.0 % [34.2, 100.0] |\n"
     ) in text
     assert "gain over random" not in text
 
@@ -290,9 +301,15 @@ def test_report_as_json():
     assert (content["data"], content["num_questions"]) == ("in/q.json", 4)
     assert (first["policy"], first["gain_over_random"]) == ("predictor", 50.0)
     assert first["summaries"]["y"]["accuracy"] == 0.5
+    assert first["summaries"]["y"]["num_correct"] == 1
+    # Wilson of 1/2, w = 1.96²/2 = 1.9207: ((.5 + w/2) ± sqrt(w/4 + w²/4)) / (1 + w)
+    # = (1.4604 ± 1.1844) / 2.9207
+    assert first["summaries"]["y"]["interval_95"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
+    assert first["details"]["y"] == {}
     assert first["answers"][3] == {
-        "name": "q", "type": "y", "text": "?", "truth": "a", "image": "cat.png", "answer": "b",
-        "is_correct": False, "num_tokens": 3, "num_kept_image_tokens": 7, "num_fed_tokens": 2,
+        "name": "q", "type": "y", "text": "?", "answers": ["a"], "choices": [],
+        "image": "cat.png", "truth": "a", "answer": "b", "is_correct": False, "score": 0.0,
+        "num_tokens": 3, "num_kept_image_tokens": 7, "num_fed_tokens": 2,
         "num_kept_tokens": 1,
         "kv": {"bytes": 30, "dense_bytes": 40, "sparse_bytes": 10, "dense_sparse_bytes": 20},
     }  # fmt: skip
@@ -301,7 +318,7 @@ def test_report_as_json():
 def test_gain_is_over_the_random_bundle_of_the_same_budget():
     found = report("predictor", "random")
     other = tuple(
-        dataclasses.replace(a, text="a", num_kept_image_tokens=30)
+        dataclasses.replace(a, text="a", score=1.0, num_kept_image_tokens=30)
         for a in found.results[1].answers
     )
     first = dataclasses.replace(found.results[1], answers=other)
@@ -532,7 +549,7 @@ def test_command(bundles, questions, tmp_path):
     result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(
-        "2 questions of questions.json, greedy, with KV cache, batch"
+        "2 questions of questions.json, metric exact, greedy, with KV cache, batch"
     )
     assert result.stdout.endswith(f"Wrote {tmp_path}/a.json\nWrote {tmp_path}/a.md\n")
     assert len(json.loads((tmp_path / "a.json").read_text())["bundles"]) == 2

@@ -1,0 +1,1 @@
+"""How answers are judged: a file for each metric, `table.py` for all of them."""
