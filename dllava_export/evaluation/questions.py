@@ -201,7 +201,7 @@ class _AnswerFile:
     def read(cls, path: Path) -> _AnswerFile:
         records: dict[str, Mapping[str, Any]] = {}
         for place, entry in _read_entries(path):
-            _check_object(entry, place)
+            _check_object(entry, place, "Correct it.")  # without it nothing can be skipped
             identity = _identity(entry)
             if identity is None:
                 raise EvaluationError(
@@ -219,6 +219,11 @@ class _AnswerFile:
     def join(self, entry: Any, place: str) -> Any:
         """Return a record of questions with what the answers say about it."""
         _check_object(entry, place)
+        if "conversations" in entry:
+            raise EvaluationError(
+                f"{place} has conversations, which hold their answers; expected a question "
+                f"whose answer is in {self.path.name}. Leave out --answers."
+            )
         identity = _identity(entry)
         if identity is None:
             raise EvaluationError(
@@ -246,16 +251,16 @@ def _identity_key(entry: Mapping[str, Any]) -> str | None:
     return next((key for key in _ID_KEYS if entry.get(key) is not None), None)
 
 
-def _check_object(entry: Any, place: str) -> None:
+def _check_object(entry: Any, place: str, remedy: str = REMEDY) -> None:
     if isinstance(entry, ValueError):
         raise EvaluationError(
             f"{place} cannot be read as JSON ({entry}), expected an object in each line, or one "
-            f"list in the whole file. {REMEDY}"
+            f"list in the whole file. {remedy}"
         )
     if not isinstance(entry, dict):
         raise EvaluationError(
             f"{place} is a JSON {type(entry).__name__}, expected an object with conversations, "
-            f"or with text and answer. {REMEDY}"
+            f"or with text and answer. {remedy}"
         )
 
 

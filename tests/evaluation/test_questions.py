@@ -215,6 +215,12 @@ def test_records_that_cannot_be_used(folder, record, message):
                      id="twice"),
         pytest.param({"text": "?", "question_id": 1}, [{"question_id": 1}],
                      r"line 1 \(id 1\) has no 'answer'", id="empty answer"),
+        pytest.param({"conversations": [], "id": 1}, [{"question_id": 1, "answer": "a"}],
+                     r"q\.jsonl, line 1 has conversations, which hold their answers",
+                     id="conversations"),
+        pytest.param({"text": "?", "question_id": 1}, ["a"],
+                     r"a\.jsonl, line 1 is a JSON str, expected an object .* Correct it\.$",
+                     id="no object"),
     ],
 )  # fmt: skip
 def test_answers_that_do_not_fit(folder, question, answers, message):

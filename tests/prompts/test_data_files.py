@@ -70,7 +70,7 @@ def test_numbers_as_answers(folder, value, text):
     assert [q.truth for q in read(path)] == [text, text]
 
 
-@pytest.mark.parametrize("value", [True, None, [3], float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [True, None, [[3]], float("nan"), float("inf")])
 def test_what_is_no_answer(folder, value):
     path = folder / "questions.json"
     for entry in (question(answer=value), conversation(answer=value)):
