@@ -12,6 +12,16 @@ import pytest
 from dllava_export.reporting.interrupts import interrupts_as_themselves, terminate_as_exit
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """A shell that runs the tests in the background lets them ignore SIGINT: they would wait."""
+    signals = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in signals.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def wraps_everything(number: int) -> None:
     """Do as a library that makes an error of its own of each one it meets."""
     try:
