@@ -17,12 +17,14 @@ from dllava_export.bundles.manifest import Manifest
 from dllava_export.checkpoints.tensor_source import safetensors_sources
 from dllava_export.errors import BundleError, CheckpointError
 from dllava_export.precision import NUMBER_FORMATS
+from dllava_export.short_text import shortened
 
 if TYPE_CHECKING:
     import onnx
 
 __all__ = ["check_graphs"]
 
+_MAX_SHOWN = 200
 _SELECTION, _KEEP_BIT = "InsertImageSelectionPass", "InsertKeepBitPass"
 
 
@@ -82,15 +84,11 @@ def _compare(folder: Path, manifest: Manifest) -> None:
 def _contradiction(
     folder: Path, key: str, said: object, where: str, found: object
 ) -> BundleError:
+    ours, theirs = (shortened(value, _MAX_SHOWN) for value in (said, found))
     return BundleError(
-        f"{folder / layout.MANIFEST} says {key} {_short(said)}, {where} has {_short(found)}: one "
-        "of them was changed. Export the bundle again."
+        f"{folder / layout.MANIFEST} says {key} {ours}, {where} has {theirs}: one of them was "
+        "changed. Export the bundle again."
     )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _graph(folder: Path, name: str) -> onnx.ModelProto:

@@ -23,6 +23,7 @@ from dllava_export.errors import CheckpointError
 from dllava_export.families.config_file import LFS_POINTER, LFS_REMEDY
 from dllava_export.json_text import parse_json
 from dllava_export.precision import NUMBER_FORMATS
+from dllava_export.short_text import shortened
 
 if TYPE_CHECKING:
     import torch
@@ -388,7 +389,7 @@ def torch_sources(path: Path) -> dict[str, TensorSource]:
     for key, tensor in state.items():
         if not isinstance(key, str):
             raise CheckpointError(
-                f"{path} has the key {str(key)[:60]} of type {type(key).__name__}, expected "
+                f"{path} has the key {shortened(key)} of type {type(key).__name__}, expected "
                 "names of tensors. Save the model's state_dict()."
             )
         if IGNORED_KEYS.search(key):

@@ -31,6 +31,7 @@ from dllava_export.evaluation.metrics.metric import Truth
 from dllava_export.json_text import parse_json
 from dllava_export.names import IMAGE_PLACEHOLDER
 from dllava_export.prompts.data_files import answer_text, image_file, read_data_file
+from dllava_export.short_text import shortened
 
 __all__ = [
     "REMEDY",
@@ -337,7 +338,7 @@ def _choices(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:
     found = [answer_text(value) for value in values] if isinstance(values, list) else []
     if not 2 <= len(found) <= len(_LETTERS) or not all(isinstance(v, str) for v in found):
         raise EvaluationError(
-            f"{name} has the {key} {str(values)[:60]!r}, expected a list of 2 to "
+            f"{name} has the {key} {shortened(values)!r}, expected a list of 2 to "
             f"{len(_LETTERS)} texts. {REMEDY}"
         )
     return tuple(found)
@@ -367,7 +368,7 @@ def _answers(entry: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> t
     texts = [_one_answer(one, choices) for one in values]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise EvaluationError(
-            f"{name} has the {key} {str(value)[:60]!r}, expected the answer as text, a number "
+            f"{name} has the {key} {shortened(value)!r}, expected the answer as text, a number "
             f"or a list of them. {REMEDY}"
         )
     return tuple(texts)
@@ -396,7 +397,7 @@ def _image_name(entry: Mapping[str, Any], name: str, folder: Path) -> str | None
         image = image.get("path")
     if not isinstance(image, str) or not image:
         raise EvaluationError(
-            f"{name} has the image {str(given)[:60]!r}, expected the name of one file. {REMEDY}"
+            f"{name} has the image {shortened(given)!r}, expected the name of one file. {REMEDY}"
         )
     return image
 

@@ -30,6 +30,7 @@ from dllava_export.exporting.graph_limits import (
     may_fold,
 )
 from dllava_export.reporting.interrupts import interrupts_as_themselves
+from dllava_export.short_text import shortened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,7 +104,7 @@ def damage_explained(path: Path) -> Iterator[None]:
         raise
     # Each of them has exceptions of its own, and raises KeyError, ValueError and the like too.
     except Exception as error:
-        reason = " ".join(str(error).split())[:_MAX_REASON]
+        reason = shortened(error, _MAX_REASON)
         raise BundleError(
             f"{path} cannot be read as a decoder ({type(error).__name__}: {reason}). It is "
             "damaged, or holds what the passes do not know. Check it with onnx.checker, and "

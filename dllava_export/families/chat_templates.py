@@ -16,6 +16,7 @@ from typing import Any, Literal
 from dllava_export.errors import BundleError, InvalidInputError, SettingError
 from dllava_export.families.config_file import read_json
 from dllava_export.names import IMAGE_PLACEHOLDER
+from dllava_export.short_text import shortened
 
 __all__ = [
     "CHECKPOINT_TEMPLATE",
@@ -210,7 +211,7 @@ class JinjaTemplate:
                 return self._run(variables)
         # A template is a program: it can fail in as many ways.
         except Exception as error:
-            reason = " ".join(f"{error}".split())[:300] or type(error).__name__
+            reason = shortened(error, 300) or type(error).__name__
             raise BundleError(
                 f"The chat template in {self._place} cannot be applied: {reason}. Expected one "
                 f"for messages with lists of text and images. {_ADVICE}"

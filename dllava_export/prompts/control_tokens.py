@@ -16,7 +16,7 @@ from typing import Any
 
 from dllava_export.errors import InvalidInputError
 from dllava_export.names import IMAGE_PLACEHOLDER
-from dllava_export.prompts.placeholders import shortened
+from dllava_export.short_text import shortened
 
 __all__ = ["ControlTokens"]
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dllava_export.errors import InvalidInputError
-from dllava_export.prompts.placeholders import shortened
+from dllava_export.short_text import shortened
 
 if TYPE_CHECKING:
     import torch

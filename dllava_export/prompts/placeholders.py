@@ -8,8 +8,9 @@ import numpy as np
 
 from dllava_export.errors import InvalidInputError
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
+from dllava_export.short_text import shortened
 
-__all__ = ["check_image_list", "check_prompt", "normalise_placeholders", "shortened"]
+__all__ = ["check_image_list", "check_prompt", "normalise_placeholders"]
 
 
 def normalise_placeholders(
@@ -116,9 +117,3 @@ def _check_sample(sample: int, ids: np.ndarray, has_image: bool, vocab_size: int
             f"the vocabulary; expected 0 to {vocab_size - 1}, or {IMAGE_PLACEHOLDER_ID} for "
             "the image. Use this bundle's tokenizer."
         )
-
-
-def shortened(value: object) -> str:
-    """Return a value as a text of at most 60 characters, for messages."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -28,8 +28,8 @@ from dllava_export.families.config_kinds import TOKENIZER_KINDS
 from dllava_export.families.special_token_ids import end_ids, stated_ids
 from dllava_export.names import IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.control_tokens import ControlTokens
-from dllava_export.prompts.placeholders import shortened
 from dllava_export.prompts.prompt_text import checked_text
+from dllava_export.short_text import shortened
 
 __all__ = ["ChatTokenizer", "RenderedPrompt", "StreamDecoder"]
 

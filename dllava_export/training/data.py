@@ -30,6 +30,7 @@ from dllava_export.prompts.data_files import (
 )
 from dllava_export.prompts.images import ImageProcessor
 from dllava_export.prompts.tokenizer import ChatTokenizer
+from dllava_export.short_text import shortened
 from dllava_export.training.settings import BadRecordError, TrainingError
 
 if TYPE_CHECKING:
@@ -421,7 +422,7 @@ def _parse_turns(
     remedy = "Correct it, or use --on-bad-record skip."
     if not isinstance(conversations, list) or not conversations:
         raise BadRecordError(
-            f"{name} has conversations {str(conversations)[:60]!r}, expected a list of turns. "
+            f"{name} has conversations {shortened(conversations)!r}, expected a list of turns. "
             f"{remedy}"
         )
     texts: list[str] = []
