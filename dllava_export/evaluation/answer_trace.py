@@ -19,8 +19,9 @@ from dllava_export.errors import InvalidInputError
 from dllava_export.families.registry import positions_of
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
 from dllava_export.prompts.token_ids import CheckedPrompts, checked_ids
-from dllava_export.runtime.generation import CachedRun, GenerationLoop, GenerationSettings
+from dllava_export.runtime.generation import GenerationLoop, GenerationSettings
 from dllava_export.runtime.results import DecodeResult, Generation, Piece, PrefillResult
+from dllava_export.runtime.runs import CachedRun
 
 if TYPE_CHECKING:
     import onnx

@@ -8,7 +8,7 @@ from typing import Literal
 from dllava_export.errors import SettingError
 from dllava_export.evaluation.metrics.table import metric_by_name
 from dllava_export.passes.policies.registry import NO_POLICY
-from dllava_export.runtime.generation import MODES
+from dllava_export.runtime.runs import MODES
 from dllava_export.settings import whole_number
 
 __all__ = ["EvaluationSettings", "OnBadRecord"]

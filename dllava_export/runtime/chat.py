@@ -12,15 +12,13 @@ from dllava_export.boundary import raises_expected_errors_only
 from dllava_export.errors import InvalidInputError
 from dllava_export.prompts.prompt_text import checked_text
 from dllava_export.runtime.generation import (
-    ExtendedRun,
     GenerationLoop,
     GenerationSettings,
-    Run,
     Stream,
-    start_run,
 )
 from dllava_export.runtime.prompting import PromptOptions, prompt_ids
 from dllava_export.runtime.results import Generation, ImageInput
+from dllava_export.runtime.runs import ExtendedRun, Run, start_run
 from dllava_export.settings import settings_from
 
 if TYPE_CHECKING:
@@ -95,7 +93,7 @@ class Chat:
             )
         if self._stream is not None and self._session.use.is_in_this_thread:
             self._stream.close()
-        turn = _TurnRun(self._history, checked_text(question, "The question"), image, chosen)
+        turn = _TurnRun(self._history, checked_text(question, "The question"), image)
         self._stream = Stream(GenerationLoop(self._session, turn, chosen))
         return self._stream
 
@@ -113,9 +111,13 @@ class _History:
         self._fed: list[np.ndarray] = []
         self.turns: list[Turn] = []
 
-    def run(
-        self, question: str, image: ImageInput | None, settings: GenerationSettings
-    ) -> Run:
+    @property
+    def state(self) -> tuple[int, ...]:
+        """What a run that was made depends on: it fits as long as this is the same."""
+        fed = [(len(t.answer.token_ids), t.answer.num_fed_tokens) for t in self.turns[-1:]]
+        return (self._session.num_prefills, len(self.turns), *sum(fed, ()))
+
+    def run(self, question: str, image: ImageInput | None) -> Run:
         """Return what answers a question as the next one.
 
         Raises:
@@ -127,8 +129,7 @@ class _History:
             images = None if image is None else [image]
             ids = prompt_ids(session, [question], images, options=self._options)
             # The caches must hold all turns to come: what they do not use costs nothing.
-            whole = dataclasses.replace(settings, max_new_tokens=session.max_length)
-            return start_run(session, ids, images, whole)
+            return start_run(session, ids, images, session.max_length)
         if image is not None:
             raise InvalidInputError(
                 "A picture came with a later question; this model takes one with the first "
@@ -177,14 +178,10 @@ class _TurnRun(Run):
         history: _History,
         question: str,
         image: ImageInput | None,
-        settings: GenerationSettings,
     ) -> None:
-        self._history, self._question = history, question
-        self._image, self._settings = image, settings
-        self._run = self._as_next()  # what is wrong with it shows at once
-
-    def _as_next(self) -> Run:
-        return self._history.run(self._question, self._image, self._settings)
+        self._history, self._question, self._image = history, question, image
+        self._state = history.state
+        self._run = history.run(question, image)  # what is wrong with it shows at once
 
     @property
     def prompts(self) -> list[np.ndarray]:
@@ -193,7 +190,8 @@ class _TurnRun(Run):
 
     def start(self, results: list[Generation]) -> np.ndarray:
         """Feed the question, behind what is left of the answer before."""
-        self._run = self._as_next()
+        if self._history.state != self._state:  # an answer went on, or another question came
+            self._run = self._history.run(self._question, self._image)
         logits = self._run.start(results)
         (fed,) = self._run.prompts
         self._history.note(Turn(self._question, results[0]), fed)

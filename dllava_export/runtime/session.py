@@ -17,10 +17,10 @@ from dllava_export.runtime.generation import (
     GenerationLoop,
     GenerationSettings,
     Stream,
-    start_run,
 )
 from dllava_export.runtime.prompting import PromptOptions, prompt_ids
 from dllava_export.runtime.results import NOT_GIVEN, NotGiven
+from dllava_export.runtime.runs import start_run
 from dllava_export.settings import settings_from
 
 if TYPE_CHECKING:
@@ -281,4 +281,5 @@ class Session(DecodingSession):
                     "image=..., or images=[...] for several prompts; None in its place makes a "
                     "prompt text-only."
                 )
-            return GenerationLoop(self, start_run(self, ids, images, settings), settings)
+            run = start_run(self, ids, images, settings.max_new_tokens, settings.mode)
+            return GenerationLoop(self, run, settings)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import tolerances
+from PIL import Image
 
 from dllava_export.errors import CapacityError, InvalidInputError
 
@@ -274,3 +277,18 @@ def test_a_question_that_does_not_fit_leaves_the_conversation_as_it_was(bundles,
     answer = chat.ask(QUESTIONS[1], max_new_tokens=4)
     logits = by_hand(session, None, [first.token_ids])[-1]
     assert answer.token_ids == greedy(session, logits, 4)
+
+
+def test_a_picture_is_read_once(bundles):
+    class Picture(io.BytesIO):
+        num_reads = 0
+
+        def read(self, *size):
+            self.num_reads += 1
+            return super().read(*size)
+
+    data = io.BytesIO()
+    Image.fromarray(image()).save(data, "PNG")
+    picture = Picture(data.getvalue())
+    bundles.session("mha").chat().ask(QUESTIONS[0], picture, max_new_tokens=2)
+    assert picture.num_reads == 1
