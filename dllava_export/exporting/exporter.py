@@ -23,11 +23,10 @@ from dllava_export.families.chat_templates import (
     TEMPLATE_FILE,
     Conversation,
     JinjaTemplate,
-    TemplateChoice,
-    choose_template,
     find_template,
 )
 from dllava_export.families.special_token_ids import contradictions, end_ids, stated_ids
+from dllava_export.families.template_choice import TemplateChoice, choose_template
 from dllava_export.precision import BF16, FP16, Precision
 from dllava_export.reporting import resources
 from dllava_export.reporting.output_folders import new_folder

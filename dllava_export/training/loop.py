@@ -16,7 +16,7 @@ import torch
 
 from dllava_export.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from dllava_export.errors import SettingError
-from dllava_export.families.chat_templates import choose_template
+from dllava_export.families.template_choice import choose_template
 from dllava_export.json_text import parse_json
 from dllava_export.prompts.images import ImageProcessor
 from dllava_export.prompts.tokenizer import ChatTokenizer
