@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllava_export.backends.registry import DEFAULT_BACKEND
-from dllava_export.bundles import layout
 from dllava_export.bundles.manifest import Manifest, read_manifest
-from dllava_export.errors import BundleError, InvalidInputError
+from dllava_export.errors import InvalidInputError
 from dllava_export.evaluation.metrics.metric import Metric
 from dllava_export.evaluation.metrics.table import metric_by_name, suitable_metric
 from dllava_export.evaluation.questions import (
@@ -28,8 +27,7 @@ from dllava_export.evaluation.questions import (
 from dllava_export.evaluation.report import Answer, BundleResult, EvaluationReport, KVUse
 from dllava_export.evaluation.settings import EvaluationSettings
 from dllava_export.evaluation.sweep import Variant, check_sweep, sweep_variants
-from dllava_export.families.config_file import read_json
-from dllava_export.families.config_kinds import PREPROCESSOR_KINDS
+from dllava_export.prompts.bundle_files import open_image_processor, open_tokenizer
 from dllava_export.prompts.image_sources import read_image
 from dllava_export.prompts.images import ImageProcessor
 from dllava_export.prompts.tokenizer import ChatTokenizer
@@ -151,23 +149,8 @@ class _Reader:
                 f"{path} has no tokenizer, and questions and answers are text. Export it from a "
                 "checkpoint with a tokenizer."
             )
-        tokenizer = ChatTokenizer.from_folder(
-            path / layout.LLM_FOLDER,
-            template=manifest.chat_template,
-            image_token_id=manifest.image_token_id,
-        )
-        processor = None
-        if manifest.has_visual:
-            config = path / layout.VISUAL_FOLDER / "preprocessor_config.json"
-            processor = ImageProcessor.from_config(
-                read_json(
-                    config,
-                    "the visual part of a bundle",
-                    BundleError,
-                    kinds=PREPROCESSOR_KINDS,
-                ),
-                manifest.image_aspect_ratio,
-            )
+        tokenizer = open_tokenizer(path, manifest)
+        processor = open_image_processor(path, manifest) if manifest.has_visual else None
         return cls(path, manifest, tokenizer, processor)
 
     def check(self, question: Question) -> None:

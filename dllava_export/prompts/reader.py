@@ -14,10 +14,10 @@ from dllava_export.bundles.embedding import EmbeddingTable
 from dllava_export.bundles.manifest import Manifest
 from dllava_export.errors import BundleError, CapacityError, InvalidInputError
 from dllava_export.families.config_file import read_json
-from dllava_export.families.config_kinds import PREPROCESSOR_KINDS
 from dllava_export.families.registry import positions_of
 from dllava_export.families.special_token_ids import tokenizer_ids
 from dllava_export.names import IMAGE_PLACEHOLDER_ID
+from dllava_export.prompts.bundle_files import open_image_processor, open_tokenizer
 from dllava_export.prompts.image_values import checked_values
 from dllava_export.prompts.placeholders import check_prompt, normalise_placeholders
 from dllava_export.prompts.rows import PromptRows, assemble_prompt
@@ -64,54 +64,16 @@ class PromptReader:
         self._embedding: EmbeddingTable | None = None
         if manifest.embedding is not None:
             self._embedding = EmbeddingTable(folder / layout.LLM_FOLDER, manifest.embedding)
-        self._tokenizer: ChatTokenizer | None = None
-        self._image_processor: ImageProcessor | None = None
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> ChatTokenizer:
-        """The bundle's tokenizer.
+        """The bundle's tokenizer; see `open_tokenizer`."""
+        return open_tokenizer(self._folder, self.manifest)
 
-        Raises:
-            InvalidInputError: If the bundle has none.
-        """
-        from dllava_export.prompts.tokenizer import ChatTokenizer
-
-        if self.manifest.chat_template is None:
-            raise InvalidInputError(
-                f"{self._folder} has no tokenizer, so it takes token ids instead of text. Use "
-                "--input-ids, or export from a checkpoint with a tokenizer."
-            )
-        if self._tokenizer is None:
-            self._tokenizer = ChatTokenizer.from_folder(
-                self._folder / layout.LLM_FOLDER,
-                template=self.manifest.chat_template,
-                image_token_id=self.manifest.image_token_id,
-            )
-        return self._tokenizer
-
-    @property
+    @functools.cached_property
     def image_processor(self) -> ImageProcessor:
-        """What turns pictures into `pixel_values`.
-
-        Raises:
-            InvalidInputError: If the bundle takes no pictures.
-        """
-        from dllava_export.prompts.images import ImageProcessor
-
-        if not self.manifest.has_visual:
-            raise InvalidInputError(
-                f"{self._folder} has no vision tower and takes no images. Export it from a "
-                "LLaVA checkpoint, or leave the image out."
-            )
-        if self._image_processor is None:
-            path = self._folder / layout.VISUAL_FOLDER / "preprocessor_config.json"
-            self._image_processor = ImageProcessor.from_config(
-                read_json(
-                    path, "the visual part of a bundle", BundleError, kinds=PREPROCESSOR_KINDS
-                ),
-                self.manifest.image_aspect_ratio,
-            )
-        return self._image_processor
+        """What turns pictures into `pixel_values`; see `open_image_processor`."""
+        return open_image_processor(self._folder, self.manifest)
 
     def checked_pixels(self, pixel_values: np.ndarray) -> np.ndarray:
         """Return pixel values as an array of the right shape.
