@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 import torch
 
 from dllava_export import names
+from dllava_export.geometry import Geometry, PredictorGeometry
 from dllava_export.passes.gather_last_row import GatherLastRowPass
 from dllava_export.passes.graph_builder import GraphBuilder
 from dllava_export.passes.graph_io import model_from_graph
@@ -38,6 +39,53 @@ TYPES = {
     "row_lengths": (np.int64, [names.BATCH]),
     "kept_lengths": (np.int64, [names.BATCH]),
 }
+SIZES = Geometry(
+    num_layers=3,
+    hidden_size=8,
+    intermediate_size=12,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    vocab_size=11,
+    num_image_tokens=10,
+    predictor=PredictorGeometry(d_model=4, nhead=2, dim_feedforward=6, num_layers=1),
+)
+
+# What `assert_nodes` expects of policies that look at attention: the number of each row and
+# whether it is of a prompt; from `reader`, row numbers, to what those rows pay, `paid`.
+PROMPT_ROW_NODES = """\
+count = Shape <start = 1, end = 2> (token_kind)
+    limit = Reshape (count, scalar_shape)
+    row = Range (zero, limit, one)
+    is_text = Equal (token_kind, one)
+    is_image = Equal (token_kind, two)
+    is_prompt = Or (is_text, is_image)
+    prompt_row = Where (is_prompt, row, zero)
+"""
+PAID_NODES = """\
+reader_row = Max (reader, zero)
+    reader_query = ai.dllava.GatherTokens (qr0, reader_row)
+    query = Cast <to = 1> (reader_query)
+    query_scaled = Mul (query, scale)
+    query_heads = Reshape (query_scaled, query_split)
+    query_t = Transpose <perm = [0, 2, 3, 1, 4]> (query_heads)
+    key = Cast <to = 1> (kr0)
+    key_heads = Reshape (key, key_split)
+    key_t = Transpose <perm = [0, 2, 3, 1]> (key_heads)
+    key_groups = Unsqueeze (key_t, axis_2)
+    product = MatMul (query_t, key_groups)
+    column = Unsqueeze (reader, last_axis)
+    visible = LessOrEqual (row, column)
+    mask = Unsqueeze (visible, axes_1_2)
+    masked = Where (mask, product, lowest)
+    weights = Softmax <axis = -1> (masked)
+    paid = ReduceMean <keepdims = 0> (weights, axes_1_2)
+"""
+PAID_CONSTANTS = (
+    ", int64[0] scalar_shape = {}, float scale = {0.5}, int64[2] axes_1_2 = {1, 2}, "
+    "int64[5] query_split = {0, 0, 1, 2, 8}, int64[4] key_split = {0, 0, 1, 8}, "
+    "float lowest = {-3e38}"
+)
 
 
 def empty_graph(*wanted: str) -> tuple[gs.Graph, dict[str, gs.Variable]]:

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import tolerances
 from policy_graphs import (
+    PAID_CONSTANTS,
+    PAID_NODES,
+    PROMPT_ROW_NODES,
     ScoreGraph,
     assert_nodes,
     image_arrays,
@@ -24,14 +27,8 @@ def test_nodes() -> None:
     is_last = ", ".join(["1"] + ["0"] * 63)
     assert_nodes(
         "attention",
-        """
-    count = Shape <start = 1, end = 2> (token_kind)
-    limit = Reshape (count, scalar_shape)
-    row = Range (zero, limit, one)
-    is_text = Equal (token_kind, one)
-    is_image = Equal (token_kind, two)
-    is_prompt = Or (is_text, is_image)
-    prompt_row = Where (is_prompt, row, zero)
+        f"""
+    {PROMPT_ROW_NODES}
     last_row = ReduceMax <keepdims = 1> (prompt_row, axis_1)
     window_row = Sub (last_row, "layers.1/select_image/attention/rows_back")
     window_index = Max (window_row, zero)
@@ -39,23 +36,7 @@ def test_nodes() -> None:
     window_is_text = Equal (window_kind, one)
     reads = Or (window_is_text, "layers.1/select_image/attention/is_last")
     reader = Where (reads, window_row, none)
-    reader_row = Max (reader, zero)
-    reader_query = ai.dllava.GatherTokens (qr0, reader_row)
-    query = Cast <to = 1> (reader_query)
-    query_scaled = Mul (query, scale)
-    query_heads = Reshape (query_scaled, query_split)
-    query_t = Transpose <perm = [0, 2, 3, 1, 4]> (query_heads)
-    key = Cast <to = 1> (kr0)
-    key_heads = Reshape (key, key_split)
-    key_t = Transpose <perm = [0, 2, 3, 1]> (key_heads)
-    key_groups = Unsqueeze (key_t, axis_2)
-    product = MatMul (query_t, key_groups)
-    column = Unsqueeze (reader, last_axis)
-    visible = LessOrEqual (row, column)
-    mask = Unsqueeze (visible, axes_1_2)
-    masked = Where (mask, product, lowest)
-    weights = Softmax <axis = -1> (masked)
-    paid = ReduceMean <keepdims = 0> (weights, axes_1_2)
+    {PAID_NODES}
     counted_paid = Where (visible, paid, nothing)
     total = ReduceSum <keepdims = 0> (counted_paid, axis_1)
     counted_reads = Cast <to = 1> (visible)
@@ -63,9 +44,7 @@ def test_nodes() -> None:
     divisor = Max (number, one_float)
     scores = Div (total, divisor)
 """,
-        ", int64[0] scalar_shape = {}, float scale = {0.5}, int64[2] axes_1_2 = {1, 2}, "
-        "int64[5] query_split = {0, 0, 1, 2, 8}, int64[4] key_split = {0, 0, 1, 8}, "
-        "float lowest = {-3e38}, float nothing = {0}, float one_float = {1}, int64 none = {-1}, "
+        PAID_CONSTANTS + ", float nothing = {0}, float one_float = {1}, int64 none = {-1}, "
         f'int64[64] "layers.1/select_image/attention/rows_back" = {{{window}}}, '
         f'bool[64] "layers.1/select_image/attention/is_last" = {{{is_last}}}',
     )

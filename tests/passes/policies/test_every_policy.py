@@ -8,6 +8,7 @@ import helpers
 import numpy as np
 import pytest
 from policy_graphs import (
+    SIZES,
     ScoreGraph,
     image_feeds,
     image_rows,
@@ -16,7 +17,6 @@ from policy_graphs import (
 )
 
 from dllava_export import names
-from dllava_export.geometry import Geometry, PredictorGeometry
 from dllava_export.passes.policies.registry import POLICIES
 
 BUILT_IN = [name for name in POLICIES.names() if POLICIES.find_built_in(name)]
@@ -32,17 +32,6 @@ KINDS = [
     pytest.param([[1, *[2] * 11, 1], [*[2] * 11, 1, 1, 1, 1], [1, 1]], id="spans differ"),
     pytest.param([[1, *[2] * 11, 1, 3, 3, 3], [*[2] * 11, 1, 3, 3, 3]], id="answers"),
 ]
-SIZES = Geometry(
-    num_layers=3,
-    hidden_size=8,
-    intermediate_size=12,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    vocab_size=11,
-    num_image_tokens=10,
-    predictor=PredictorGeometry(d_model=4, nhead=2, dim_feedforward=6, num_layers=1),
-)
 
 pytestmark = pytest.mark.parametrize("name", BUILT_IN)
 

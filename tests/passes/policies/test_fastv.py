@@ -1,7 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
-from policy_graphs import ScoreGraph, assert_nodes, image_feeds
+from policy_graphs import (
+    PAID_CONSTANTS,
+    PAID_NODES,
+    PROMPT_ROW_NODES,
+    ScoreGraph,
+    assert_nodes,
+    image_feeds,
+)
 
 from dllava_export.geometry import Geometry
 from dllava_export.passes.policies.fastv import FastVPolicy
@@ -13,37 +20,13 @@ SIZES = Geometry(3, 8, 12, 4, 2, 16, 11, num_image_tokens=10)
 def test_nodes() -> None:
     assert_nodes(
         "fastv",
-        """
-    count = Shape <start = 1, end = 2> (token_kind)
-    limit = Reshape (count, scalar_shape)
-    row = Range (zero, limit, one)
-    is_text = Equal (token_kind, one)
-    is_image = Equal (token_kind, two)
-    is_prompt = Or (is_text, is_image)
-    prompt_row = Where (is_prompt, row, zero)
+        f"""
+    {PROMPT_ROW_NODES}
     reader = ReduceMax <keepdims = 1> (prompt_row, axis_1)
-    reader_row = Max (reader, zero)
-    reader_query = ai.dllava.GatherTokens (qr0, reader_row)
-    query = Cast <to = 1> (reader_query)
-    query_scaled = Mul (query, scale)
-    query_heads = Reshape (query_scaled, query_split)
-    query_t = Transpose <perm = [0, 2, 3, 1, 4]> (query_heads)
-    key = Cast <to = 1> (kr0)
-    key_heads = Reshape (key, key_split)
-    key_t = Transpose <perm = [0, 2, 3, 1]> (key_heads)
-    key_groups = Unsqueeze (key_t, axis_2)
-    product = MatMul (query_t, key_groups)
-    column = Unsqueeze (reader, last_axis)
-    visible = LessOrEqual (row, column)
-    mask = Unsqueeze (visible, axes_1_2)
-    masked = Where (mask, product, lowest)
-    weights = Softmax <axis = -1> (masked)
-    paid = ReduceMean <keepdims = 0> (weights, axes_1_2)
+    {PAID_NODES}
     scores = Squeeze (paid, axis_1)
 """,
-        ", int64[0] scalar_shape = {}, float scale = {0.5}, int64[2] axes_1_2 = {1, 2}, "
-        "int64[5] query_split = {0, 0, 1, 2, 8}, int64[4] key_split = {0, 0, 1, 8}, "
-        "float lowest = {-3e38}",
+        PAID_CONSTANTS,
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from policy_graphs import (
+    SIZES,
     image_rows,
     image_scores,
     official_image_logits,
@@ -17,7 +18,6 @@ from policy_graphs import (
 
 from dllava_export import names
 from dllava_export.errors import PreconditionError
-from dllava_export.geometry import Geometry, PredictorGeometry
 from dllava_export.passes.policies.predictor import PredictorPolicy
 from dllava_export.passes.policies.weights import PredictorWeights
 
@@ -29,17 +29,6 @@ KINDS = [
     pytest.param([[1, 2, 2, 2, 1], [2, 2, 2, 0, 0]], id="spans differ"),
     pytest.param([[1, 2, 2, 1], [1, 1, 1, 1]], id="a sample without an image"),
 ]
-SIZES = Geometry(
-    num_layers=3,
-    hidden_size=8,
-    intermediate_size=12,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    vocab_size=11,
-    num_image_tokens=10,
-    predictor=PredictorGeometry(d_model=4, nhead=2, dim_feedforward=6, num_layers=1),
-)
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])
