@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from dllava_export.errors import SettingError
 from dllava_export.registries import close_match
 
-__all__ = ["real_number", "settings_from", "whole_number"]
+__all__ = ["check_whole_numbers", "real_number", "settings_from", "whole_number"]
 
 T = TypeVar("T")
 
@@ -56,6 +56,18 @@ def whole_number(name: str, value: Any, minimum: int) -> int:
     if value < minimum:
         raise SettingError(f"{name} must be at least {minimum}, got {value}.")
     return int(value)
+
+
+def check_whole_numbers(settings: object, minimum: int, *names: str) -> None:
+    """Check attributes that count something; None is for what is not given.
+
+    Raises:
+        SettingError: If one is neither None nor a whole number of at least `minimum`.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None:
+            whole_number(name, value, minimum)
 
 
 def real_number(name: str, value: Any) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from dllava_export.errors import SettingError
 from dllava_export.passes.policies.registry import NO_POLICY, POLICIES, text_policy_names
+from dllava_export.settings import check_whole_numbers, real_number, whole_number
 
 __all__ = ["DEFAULT_POLICY", "DENSE", "Sparsity", "num_kept_tokens"]
 
@@ -22,7 +22,7 @@ def num_kept_tokens(num_image_tokens: int, keep_rate: float) -> int:
 
 
 def _check_rate(name: str, rate: float) -> None:
-    if not (isinstance(rate, int | float) and math.isfinite(rate) and 0 < rate <= 1):
+    if not 0 < real_number(name, rate) <= 1:
         raise SettingError(f"{name} must be in (0, 1], got {rate}.")
 
 
@@ -54,17 +54,11 @@ class Sparsity:
     output_text_policy: str | None = None
 
     def __post_init__(self) -> None:
-        if self.sparse_layer < 1:
-            raise SettingError(
-                f"sparse_layer must be at least 1, got {self.sparse_layer}: "
-                "the predictors read the output of an earlier layer."
-            )
+        # Layer 0 has no layer before it, whose output policies look at.
+        whole_number("sparse_layer", self.sparse_layer, 1)
         _check_rate("image_keep_rate", self.image_keep_rate)
         _check_rate("output_text_keep_rate", self.output_text_keep_rate)
-        if self.image_keep_tokens is not None and self.image_keep_tokens < 1:
-            raise SettingError(
-                f"image_keep_tokens must be at least 1, got {self.image_keep_tokens}."
-            )
+        check_whole_numbers(self, 1, "image_keep_tokens")
         self._normalise()
         if self.output_text_policy == NO_POLICY:
             raise SettingError(

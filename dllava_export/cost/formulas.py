@@ -10,10 +10,10 @@ from typing import Any
 from dllava_export import names
 from dllava_export.backends.cache_groups import CacheGroup, cache_groups
 from dllava_export.backends.kv_plan import bytes_per_row
-from dllava_export.errors import SettingError
 from dllava_export.geometry import Geometry
 from dllava_export.passes.policies.registry import POLICIES
 from dllava_export.precision import Precision
+from dllava_export.settings import whole_number
 from dllava_export.sparsity import Sparsity
 
 __all__ = ["ExactFlops", "KVGroup", "exact_flops", "kv_bytes", "paper_flops", "rows_per_layer"]
@@ -128,8 +128,7 @@ def exact_flops(
         SettingError: If `output_len` is below 1, a policy is not known or needs a predictor that
             the geometry lacks, or the settings do not fit the model.
     """
-    if output_len < 1:
-        raise SettingError(f"output_len must be at least 1, got {output_len}.")
+    whole_number("output_len", output_len, 1)
     rows = rows_per_layer(geometry, sparsity, prompt_text_len)
     linear = _linear_flops_per_row(geometry)
     attention = 4 * geometry.num_heads * geometry.head_dim  # per pair of rows

@@ -30,6 +30,7 @@ from dllava_export.reporting.comparison_table import (
 )
 from dllava_export.reporting.resources import stage
 from dllava_export.reporting.tables import aligned_lines
+from dllava_export.settings import check_whole_numbers
 from dllava_export.sparsity import DENSE, Sparsity
 
 __all__ = [
@@ -73,11 +74,10 @@ class PlanRequest:
     image_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("gpu_memory", "max_input_len", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.image_tokens is not None and self.image_tokens < 0:
-            raise SettingError(f"image_tokens must be at least 0, got {self.image_tokens}.")
+        check_whole_numbers(
+            self, 1, "gpu_memory", "max_input_len", "max_new_tokens", "batch_size"
+        )
+        check_whole_numbers(self, 0, "image_tokens")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dllava_export.errors import SettingError
 from dllava_export.evaluation.metrics.table import metric_by_name
 from dllava_export.passes.policies.registry import NO_POLICY
 from dllava_export.runtime.runs import MODES
-from dllava_export.settings import whole_number
+from dllava_export.settings import check_whole_numbers, whole_number
 
 __all__ = ["EvaluationSettings", "OnBadRecord"]
 
@@ -46,10 +46,7 @@ class EvaluationSettings:
     policies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingError(f"{name} must be at least 1, got {value}.")
+        check_whole_numbers(self, 1, "batch_size", "max_new_tokens", "limit")
         if self.mode not in MODES:
             raise SettingError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
         for name in ("image_keep_tokens", "policies"):

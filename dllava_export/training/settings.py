@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dllava_export.errors import DllavaExportError, SettingError
 from dllava_export.geometry import PredictorConfig
 from dllava_export.precision import BF16, FP32, NUMBER_FORMATS
+from dllava_export.settings import check_whole_numbers, real_number
 
 if TYPE_CHECKING:
     from dllava_export.checkpoints.checkpoint import Checkpoint
@@ -102,20 +103,21 @@ class TrainingSettings:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation_steps", "min_answer_tokens"):
-            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("steps", "max_length"):
-            value = getattr(self, name)
-            _check(value is None or value >= 1, name, "at least 1", value)
+        counts = "batch_size", "accumulation_steps", "min_answer_tokens", "steps", "max_length"
+        check_whole_numbers(self, 1, *counts, "sparse_layer", *_SIZES)
+        check_whole_numbers(self, 0, "seed", "checkpoint_every")
         for name in ("epochs", "max_grad_norm", "tau_start", "tau_end"):
             value = getattr(self, name)
-            _check(value > 0 and math.isfinite(value), name, "above 0", value)
+            _check(real_number(name, value) > 0, name, "above 0", value)
         for name in ("predictor_lr", "model_lr", "weight_decay", "mask_loss_weight"):
             value = getattr(self, name)
-            _check(value >= 0 and math.isfinite(value), name, "at least 0", value)
-        for name in ("seed", "checkpoint_every"):
-            _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _check(0 <= self.warmup_ratio < 1, "warmup_ratio", "in [0, 1)", self.warmup_ratio)
+            _check(real_number(name, value) >= 0, name, "at least 0", value)
+        for name in ("image_keep_rate", "output_text_keep_rate"):
+            value = getattr(self, name)
+            is_rate = value is None or 0 < real_number(name, value) <= 1
+            _check(is_rate, name, "in (0, 1]", value)
+        ratio = real_number("warmup_ratio", self.warmup_ratio)
+        _check(0 <= ratio < 1, "warmup_ratio", "in [0, 1)", ratio)
         for name, allowed in (
             ("precision", tuple(NUMBER_FORMATS)),
             ("compute_precision", _COMPUTE),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dllava_export.backends.registry import DEFAULT_BACKEND
 from dllava_export.errors import SettingError
 from dllava_export.precision import BF16, FP16, FP32
+from dllava_export.settings import check_whole_numbers, real_number
 
 if TYPE_CHECKING:
     from dllava_export.bundles.manifest import Manifest
@@ -93,12 +93,12 @@ class ValidationSettings:
                 f"check_error_stat must be one of {', '.join(ERROR_STATS)}, got "
                 f"{self.check_error_stat!r}."
             )
-        if self.num_steps < 1:
-            raise SettingError(f"num_steps must be at least 1, got {self.num_steps}.")
+        check_whole_numbers(self, 1, "num_steps", "num_threads")
+        check_whole_numbers(self, 0, "seed")
         for name in ("rtol", "atol", "margin"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise SettingError(f"{name} must be at least 0 and finite, got {value}.")
+            if value is not None and real_number(name, value) < 0:
+                raise SettingError(f"{name} must be at least 0, got {value}.")
         if (self.against == "torch") != (self.checkpoint is not None):
             raise SettingError(
                 f"against is {self.against!r} and checkpoint is {self.checkpoint!r}; the "

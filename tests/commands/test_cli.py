@@ -442,7 +442,7 @@ def test_wrong_usage_of_sparsity_options(tmp_path, command, options, message):
                      "Use output_text_keep_rate 1.0, or an output_text_policy: predictor, ",
                      id="norm"),
         pytest.param(["--image-keep-rate", "nan"],
-                     "image_keep_rate must be in (0, 1], got nan.", id="not a number"),
+                     "image_keep_rate must be a finite number, got nan.", id="not a number"),
         pytest.param(["--num-decoder-layers", "9"], "num_decoder_layers", id="too many layers"),
     ],
 )  # fmt: skip

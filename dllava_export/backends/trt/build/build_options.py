@@ -9,6 +9,7 @@ from pathlib import Path
 from dllava_export.backends.trt.build.profile_shapes import ShapeOverrides
 from dllava_export.backends.trt.trt_module import TENSORRT_BACKENDS, TENSORRT_RTX
 from dllava_export.errors import SettingError
+from dllava_export.settings import check_whole_numbers
 
 __all__ = ["MAX_OPTIMIZATION_LEVEL", "BuildOptions"]
 
@@ -53,12 +54,12 @@ class BuildOptions:
             raise SettingError(
                 f"backend must be {' or '.join(TENSORRT_BACKENDS)}, got {self.backend!r}."
             )
-        for name in ("max_batch_size", "max_input_len", "max_kv_cache_capacity"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingError(f"{name} must be at least 1, got {value}.")
+        check_whole_numbers(
+            self, 1, "max_batch_size", "max_input_len", "max_kv_cache_capacity"
+        )
+        check_whole_numbers(self, 0, "builder_optimization_level")
         level = self.builder_optimization_level
-        if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
+        if level is not None and level > MAX_OPTIMIZATION_LEVEL:
             raise SettingError(
                 f"builder_optimization_level must be 0 to {MAX_OPTIMIZATION_LEVEL}, got {level}."
             )
