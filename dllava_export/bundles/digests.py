@@ -75,7 +75,7 @@ class BlockDigest:
         self._digest.update(self._pending.popleft().result())
 
 
-def _sha256(block: bytearray | memoryview) -> bytes:
+def _sha256(block: bytes | bytearray | memoryview) -> bytes:
     return hashlib.sha256(block).digest()
 
 
@@ -111,12 +111,9 @@ def _num_workers() -> int:
 
 
 def _block_digest(path: Path, start: int) -> bytes:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:  # buffered: a plain read may give less than there is
         file.seek(start)
-        for _ in range(_BLOCK_BYTES // _SAMPLE_BYTES):
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.digest()
+        return _sha256(file.read(_BLOCK_BYTES))
 
 
 def file_entry(path: Path, blocks_sha256: str | None = None) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def _numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ..
 
 
 class _MetricOption(click.Option):
-    """An option in whose help `{metrics}` stands for all metrics and what is right."""
+    """The option whose help says of all metrics what is right, and where they count."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Return names and help text."""
@@ -42,7 +42,8 @@ class _MetricOption(click.Option):
         if record is None:
             return None
         metrics = "; ".join(f"{metric.name}: {metric.help}" for metric in METRICS)
-        return record[0], record[1].replace("{metrics}", metrics)
+        chosen = "; ".join(f"{m.name} for {m.chosen_for}" for m in METRICS if m.chosen_for)
+        return record[0], f"{record[1]} {metrics}.  [default: the first of {chosen}]"
 
 
 @click.command(
@@ -66,9 +67,7 @@ class _MetricOption(click.Option):
     "--metric",
     cls=_MetricOption,
     type=click.Choice([metric.name for metric in METRICS]),
-    help="How answers are judged. {metrics}.  [default: multiple-choice where all questions "
-    "have options, pope where all truths are yes or no, vqa where ten people answered each, "
-    "else exact]",
+    help="How answers are judged.",
 )
 @allow_outside
 @click.option(

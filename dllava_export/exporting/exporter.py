@@ -176,16 +176,8 @@ def export_checkpoint(
         with resources.stage("digests and manifest"):
             write_manifest(folder, manifest, writer.digest_of)
         written = writer.bytes_written(folder)
-    return ExportReport(
-        folder=Path(out),
-        manifest=manifest,
-        bytes_linked=writer.bytes_linked,
-        bytes_cloned=writer.bytes_cloned,
-        bytes_written=written,
-        seconds=time.perf_counter() - start,
-        weights_seconds=writer.seconds,
-        warnings=tuple(warnings),
-    )
+    seconds = time.perf_counter() - start
+    return ExportReport.of(Path(out), manifest, writer, written, seconds, tuple(warnings))
 
 
 def _folders(checkpoint: Checkpoint) -> set[Path]:

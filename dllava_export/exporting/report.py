@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from dllava_export.bundles import layout
+from dllava_export.bundles.bundle_writer import BundleWriter
 from dllava_export.bundles.manifest import Manifest
 from dllava_export.geometry import Geometry
 from dllava_export.reporting.byte_sizes import format_bytes
@@ -42,6 +43,28 @@ class ExportReport:
     seconds: float
     weights_seconds: float
     warnings: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        writer: BundleWriter,
+        bytes_written: int,
+        seconds: float,
+        warnings: tuple[str, ...],
+    ) -> ExportReport:
+        """Return what a writer has put into a bundle."""
+        return cls(
+            folder=folder,
+            manifest=manifest,
+            bytes_linked=writer.bytes_linked,
+            bytes_cloned=writer.bytes_cloned,
+            bytes_written=bytes_written,
+            seconds=seconds,
+            weights_seconds=writer.seconds,
+            warnings=warnings,
+        )
 
     def to_text(self) -> str:
         """Return a summary: what was written, where, and what it is."""

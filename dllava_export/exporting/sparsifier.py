@@ -179,16 +179,8 @@ def sparsify_decoder(
         with resources.stage("digests and manifest"):
             write_manifest(folder, manifest, writer.digest_of)
         written = writer.bytes_written(folder)
-    return ExportReport(
-        folder=Path(out),
-        manifest=manifest,
-        bytes_linked=writer.bytes_linked,
-        bytes_cloned=writer.bytes_cloned,
-        bytes_written=written,
-        seconds=time.perf_counter() - start,
-        weights_seconds=writer.seconds,
-        warnings=decoder.warnings,
-    )
+    seconds = time.perf_counter() - start
+    return ExportReport.of(Path(out), manifest, writer, written, seconds, decoder.warnings)
 
 
 def _from_bundle(folder: Path) -> _DenseDecoder:

@@ -216,10 +216,12 @@ def _cannot_be_decoded(name: str, error: Exception) -> InvalidInputError:
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
     """Load an image and return it as RGB, after a look at its size."""
-    if image.width < 1 or image.height < 1 or image.width * image.height > _MAX_PIXELS:
+    num_pixels = image.width * image.height
+    if not 1 <= num_pixels <= _MAX_PIXELS:
+        remedy = "Make it smaller" if num_pixels else "Pass another picture"
         raise InvalidInputError(
             f"{name} has {image.width} x {image.height} pixels; expected 1 to {_MAX_PIXELS} "
-            "pixels. Make it smaller, or pass another picture."
+            f"pixels. {remedy}."
         )
     try:
         image.load()

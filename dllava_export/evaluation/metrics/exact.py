@@ -12,6 +12,7 @@ class Exact(Metric):
 
     name = "exact"
     help = "the answer is a truth, letter case and white space aside"
+    chosen_for = "any file"
 
     def suits(self, truth: Truth) -> bool:
         """True for any."""

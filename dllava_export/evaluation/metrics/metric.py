@@ -34,10 +34,12 @@ class Metric(ABC):
     Attributes:
         name: What `--metric` takes.
         help: What is right, a few words for `--help`.
+        chosen_for: Where it counts if none is asked for, likewise; empty where never.
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
+    chosen_for: ClassVar[str] = ""
 
     @abstractmethod
     def suits(self, truth: Truth) -> bool:

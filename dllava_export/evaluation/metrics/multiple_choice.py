@@ -29,6 +29,7 @@ class MultipleChoice(Metric):
 
     name = "multiple-choice"
     help = "the letter or the text of the right option"
+    chosen_for = "files whose questions all have options"
 
     def suits(self, truth: Truth) -> bool:
         """True where the file has the options."""

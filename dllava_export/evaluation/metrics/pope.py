@@ -24,6 +24,7 @@ class Pope(Metric):
 
     name = "pope"
     help = "yes or no, with precision, recall, F1 and yes-rate"
+    chosen_for = "truths that are all yes or no"
 
     def suits(self, truth: Truth) -> bool:
         """True where the truth is yes or no."""

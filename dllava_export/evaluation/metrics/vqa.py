@@ -57,6 +57,7 @@ class Vqa(Metric):
 
     name = "vqa"
     help = "agreement with ten people, VQA's normalisation"
+    chosen_for = "ten answers to each question"
 
     def suits(self, truth: Truth) -> bool:
         """True where ten people answered."""
